@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EViT on CIFAR-10 at its own 32 pixels, from class folders or from TFDS.
+
+    python train.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.dir=FOLDER
+
+FOLDER holds train/ and test/ with a folder of images per class. A set prepared by TFDS as
+ArrayRecord is read with --config.data.name=tfds and its folder as data.dir.
+"""
+
+from configs import common
+
+
+def get_config(text: str = ""):
+    chosen = common.arguments(text, keep_rate=0.7, debug=False)
+    config = common.get_config()
+    with config.unlocked():
+        config.batch_size = 128
+        config.epochs = 100.0
+
+        config.model.update(
+            name="vit",
+            image_size=(32, 32),
+            patch_size=(4, 4),
+            width=192,
+            depth=8,
+            num_heads=3,
+            num_classes=10,
+            keep_rate=chosen["keep_rate"],
+            drop_path_rate=0.1,
+        )
+        config.optimizer.lr = 1e-3
+        config.optimizer.clip_norm = 1.0
+
+        config.data.name = "folder"
+        config.augment.scale = (0.4, 1.0)
+
+        if chosen["debug"]:
+            config.batch_size = 32
+            config.epochs = 1.0
+            config.model.update(width=48, depth=4)
+            config.data.name = "synthetic"
+            config.run.log_every = 4
+    return config

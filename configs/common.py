@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field once, with its meaning; the other files here start from this one and change some.
+
+Override any of them on the command line: --config.batch_size=256 --config.model.keep_rate=0.5
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from evit_jax.errors import check_names
+from evit_jax.spec import parse_fields
+
+
+def arguments(text: str, **defaults) -> dict:
+    """What follows the colon of --config=FILE.py:keep_rate=0.5,debug over these defaults."""
+    given = parse_fields(text)
+    check_names("configuration argument", given, defaults)
+    return defaults | given
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of initial weights, order of the data, augmentation, DropPath
+    config.batch_size = 128  # images per step, over all devices
+    config.epochs = 30.0  # passes over the training images
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.0  # of the averaged weights, which are then evaluated; 0 keeps none
+    config.dry_run = False  # print parameters, token plan, MACs and memory, then stop
+
+    config.model = ConfigDict()
+    config.model.name = "deit_small_patch16_224"  # a variant, or a backbone ("vit") with settings
+    config.model.keep_rate = placeholder(float)  # of the patch tokens, at each of `layers`
+    config.model.layers = placeholder(tuple)  # 0-based; None: the reducer's own
+    config.model.keep_rates = placeholder(tuple)  # one per block, instead of the two above
+    config.model.tokens = placeholder(tuple)  # counts instead of rates, per layer or per block
+    config.model.reducer = "evit"  # "evit:fuse=False" drops, "random" is the baseline
+    config.model.num_classes = 1000
+    config.model.image_size = placeholder(tuple)  # 240 or (height, width); None: its own
+    config.model.drop_path_rate = 0.0  # stochastic depth of the last block, linear from the first
+    config.model.dropout_rate = 0.0
+    config.model.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU
+
+    config.keep_warmup = ConfigDict()  # lowers the keep rate from 1 along a cosine
+    config.keep_warmup.start_epoch = 0.0
+    config.keep_warmup.epochs = 0.0  # 0: the target rate from start_epoch on
+    config.keep_warmup.rungs = 8  # equal falls the cosine is rounded to, one compilation each
+
+    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.lr = 1e-3  # highest learning rate, at this batch size
+    config.optimizer.warmup_lr = 1e-6  # at step 0
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.min_lr = 1e-5  # at the end of the cosine
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 0.0  # of all gradients together; 0 does not clip
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+
+    config.data = ConfigDict()
+    config.data.name = "folder"  # digits, folder, synthetic, tfds
+    config.data.dir = ""  # folder: holds train/ and val/; tfds: the prepared data set
+
+    config.augment = ConfigDict()  # of the training images
+    config.augment.scale = (0.08, 1.0)  # area of the random crop
+    config.augment.ratio = (3 / 4, 4 / 3)  # its aspect
+    config.augment.flip = True  # left and right, half of the time
+
+    config.run = ConfigDict()  # may change when a run is resumed: no result depends on it
+    config.run.test_batch_size = 256  # over all devices
+    config.run.log_every = 50  # steps
+    config.run.eval_every = 1.0  # epochs
+    config.run.checkpoint_every = 1.0  # epochs
+    config.run.threads = 0  # that decode images; 0: one per processor
+    return config.lock()

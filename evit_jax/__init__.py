@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EViT token reduction for Vision Transformers in JAX and Flax, with static shapes."""
+
+from evit_jax.errors import InputError
+from evit_jax.models import create_model
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "create_model"]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows Orbax: checkpoints of the training state, the latest and the best."""
+
+import os
+
+import jax
+import orbax.checkpoint as ocp
+
+from evit_jax.errors import InputError
+
+policies = ocp.checkpoint_managers.preservation_policy
+
+
+def top1(metrics: dict) -> float:
+    return metrics["test_top1"]
+
+
+class Checkpoints:
+    """Numbered checkpoints under a folder. Saving runs in the background; a save is all or nothing.
+
+    A step's folder appears under its final name only when it is complete, so whatever kills the
+    process, the last finished checkpoint stays intact.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = os.path.abspath(folder)
+        # Without a policy for both, the best checkpoints would push out the latest one.
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=top1, preservation_policy=keep, cleanup_tmp_directories=True, create=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: dict, metrics: dict[str, float] | None = None) -> None:
+        """Starts to save; the state may be changed or given up as soon as this returns.
+
+        Raises:
+          InputError: this save, or the one before it, could not be written.
+        """
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+            self.manager.save(step, args=args, metrics=metrics)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise self.failed(error) from error
+
+    def restore(self, like: dict) -> dict:
+        """The newest checkpoint, with the structure, dtypes and placement of `like`."""
+        like = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        return self.manager.restore(self.latest, args=args)["state"]
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises InputError if it could not be."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self.failed(error) from error
+
+    def failed(self, error: Exception) -> InputError:
+        """What the user has to know when a save fails."""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kept = "no checkpoint is complete yet"
+        if self.latest is not None:
+            kept = f"the checkpoint of step {self.latest} is complete"
+        return InputError(
+            f"could not save to {self.folder} ({reason}); {kept}; "
+            "make room or permission there and run the same line again"
+        )

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class folders: DIR/train/CLASS/... and DIR/val/CLASS/... with images in any Pillow format."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from evit_jax.errors import InputError
+
+TEST_NAMES = ("val", "test", "validation")
+
+
+class Folder:
+    """The images under a folder of class folders, at any depth, in sorted order."""
+
+    def __init__(self, folder: Path, classes: tuple[str, ...]):
+        extensions = Image.registered_extensions()
+        self.classes, self.files, self.labels = classes, [], []
+        present = class_names(folder)
+        unknown = sorted(set(present) - set(classes))
+        if unknown:
+            raise InputError(f"{folder / unknown[0]} is a class that the training folder lacks")
+        for name in present:
+            found = sorted(
+                os.path.join(parent, file)
+                for parent, _, files in os.walk(folder / name)
+                for file in files
+                if not file.startswith(".") and Path(file).suffix.lower() in extensions
+            )
+            if not found:
+                raise InputError(
+                    f"{folder / name} is a class folder without images; remove it or fill it"
+                )
+            self.files += found
+            self.labels += [classes.index(name)] * len(found)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.files[index]
+        return {"image": Path(path).read_bytes(), "label": self.labels[index], "name": path}
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The class folders in a folder, sorted; raises InputError if there is none."""
+    names = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+    )
+    if not names:
+        raise InputError(f"{folder} has no class folders in it")
+    return tuple(names)
+
+
+def source(split: str, folder: str) -> Folder:
+    """Labels are the sorted class folders of train/, for both splits."""
+    if not folder:
+        raise InputError(
+            "the data set 'folder' needs --config.data.dir=FOLDER with train/ and val/"
+        )
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; data.dir is the one that holds train/ and val/")
+    names = ("train",) if split == "train" else TEST_NAMES
+    found = [root / name for name in names if (root / name).is_dir()]
+    if not found:
+        inside = ", ".join(sorted(entry.name for entry in os.scandir(root))[:5]) or "nothing"
+        raise InputError(f"{root} has no folder {' or '.join(names)} in it; it has {inside}")
+    train = root / "train"
+    return Folder(found[0], class_names(train if train.is_dir() else found[0]))

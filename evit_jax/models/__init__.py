@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by name.
+
+A backbone is one file of this folder with `MODEL`, its Linen module, and `NAMED`, its published
+variants: name -> (settings, Preprocessing). `create_model("vit", width=48, ...)` builds a backbone
+from settings, `create_model("deit_small_patch16_224")` a variant, with settings to change.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from evit_jax.errors import InputError, check_name, check_names
+from evit_jax.preprocessing import Preprocessing
+from evit_jax.reducers import Reducer, create_reducer
+
+
+def backbones() -> dict:
+    """File name -> module, for every backbone in this folder."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "MODEL")}
+
+
+def find_model(name: str):
+    """Name of a backbone or variant -> (Linen class, its settings, Preprocessing)."""
+    known = {}
+    for backbone, module in backbones().items():
+        known[backbone] = (module.MODEL, {}, Preprocessing())
+        for variant, (settings, preprocessing) in module.NAMED.items():
+            known[variant] = (module.MODEL, settings, preprocessing)
+    return known[check_name("model", name, known)]
+
+
+def preprocessing(name: str) -> Preprocessing:
+    """What the named model expects of its images."""
+    return find_model(name)[2]
+
+
+def build_model(
+    name: str,
+    *,
+    keep_rate: float | None = None,
+    layers: tuple[int, ...] | None = None,
+    keep_rates: tuple[float, ...] | None = None,
+    tokens: int | tuple[int | None, ...] | None = None,
+    reducer: str | Mapping | Reducer = "evit",
+    **settings,
+):
+    """The Linen module alone, without parameters; arguments as in `create_model`."""
+    module, defaults, _ = find_model(name)
+    fields = [field.name for field in dataclasses.fields(module)]
+    own = [field for field in fields if field not in ("keep", "reducer", "parent", "name")]
+    taken = list(inspect.signature(build_model).parameters)
+    check_names(f"setting of {name}", settings, [*own, *taken[:-1]])
+    settings = defaults | {key: value for key, value in settings.items() if value is not None}
+    for side in ("image_size", "patch_size"):
+        if side in settings:
+            settings[side] = check_size(side, settings[side])
+    if "dtype" in settings:
+        settings["dtype"] = check_dtype(settings["dtype"])
+    model = module(**settings, reducer=create_reducer(reducer))
+    check_geometry(model)
+    keep = model.plan(keep_rate=keep_rate, layers=layers, keep_rates=keep_rates, tokens=tokens)
+    return model.clone(keep=keep)
+
+
+def create_model(name: str, *, seed: int = 0, **settings):
+    """Builds a model and its parameters.
+
+    Args:
+      name: a backbone ("vit") or a variant ("deit_small_patch16_224").
+      seed: of the initial weights.
+      keep_rate: fraction of the patch tokens kept by each block in `layers`; default 1.
+      layers: reducing blocks, 0-based; default the reducer's own (EViT: 3, 6, 9 of 12).
+      keep_rates: one rate per block, instead of keep_rate and layers.
+      tokens: absolute counts instead of rates, one per layer or per block.
+      reducer: "evit", "evit:fuse=False", dict(name="evit", fuse=False) or a Reducer.
+      **settings: fields of the backbone, such as image_size, num_classes, drop_path_rate, dtype.
+
+    Returns:
+      (Linen module, parameters as a nested dict of float32 arrays). Models of the same name that
+      differ only in keep rate or reducer share their parameters.
+
+    Raises:
+      InputError: an unknown name or setting, or one out of range.
+    """
+    model = build_model(name, **settings)
+    return model, init_params(model, jax.random.key(seed))
+
+
+def init_params(model, key: jax.Array) -> dict:
+    """Draws the parameters without running the model."""
+    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
+    return model.lazy_init(key, images)["params"]
+
+
+def check_size(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
+    """One side, (side,) or (height, width) -> (height, width)."""
+    size = (size,) if isinstance(size, int) else tuple(size)
+    size = size * 2 if len(size) == 1 else size
+    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise InputError(f"{name} must be a positive whole number or (height, width), got {size}")
+    return size
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """ "float32", "bfloat16" or "float16", or the dtype itself."""
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    return jnp.dtype(check_name("dtype", name, ("float32", "bfloat16", "float16")))
+
+
+def check_geometry(model) -> None:
+    """Raises InputError for an image of broken patches, or heads that do not fit."""
+    for side, image, patch in zip(
+        ("height", "width"), model.image_size, model.patch_size, strict=True
+    ):
+        if image < patch:
+            raise InputError(f"image {side} {image} is smaller than a patch of {patch}")
+        if image % patch:
+            near = round(image / patch) * patch
+            raise InputError(
+                f"image {side} {image} is not a multiple of the patch {side} {patch}; "
+                f"the nearest that is: {near}"
+            )
+    if model.width % model.num_heads:
+        raise InputError(
+            f"width {model.width} does not divide into {model.num_heads} heads of equal width"
+        )

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Vision Transformer (ViT, DeiT, distilled DeiT) with a token reducer in its blocks.
+
+Letters: B images, P original patches, N tokens, D width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from evit_jax.errors import InputError
+from evit_jax.models.layers import Block, norm, weight_init
+from evit_jax.plan import Keep, token_counts, token_plan
+from evit_jax.preprocessing import IMAGENET, Preprocessing
+from evit_jax.reducers import Reducer, Tokens
+from evit_jax.reducers.evit import EViT
+
+
+class ViT(nn.Module):
+    """images (B, H, W, 3) -> (logits (B, num_classes) float32, out).
+
+    `out` holds what a user may want besides; jit removes what is not returned from it:
+      owner          one (B, P) int32 per block that reduced, see `reducers.Tokens`
+      cls_attention  one (B, N) float32 per block: the class token's attention, mean over heads
+      blocks         one (B, N, D) per block: the tokens after it
+      size           (B, N) float32: original patches inside each final token
+      features       (B, prefix, D) float32: the prefix tokens after the last norm
+      logits_dist    (B, num_classes) float32, distilled models only: the distillation head, while
+      logits_cls     (B, num_classes) float32 is the class head; `logits` is their mean
+
+    `model.clone(keep=model.plan(keep_rate=0.5))` is another program over the same parameters.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    distilled: bool = False  # a second prefix token with a head of its own
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
+    keep: Keep = ()  # patch tokens kept by each block, from `plan`; () keeps all
+    reducer: Reducer = EViT()
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def patches(self) -> int:
+        """P, the number of patch tokens entering the first block."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches, never reduced: class and distillation token."""
+        return 1 + self.distilled
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLPs."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def tokens_per_block(self) -> tuple[int, ...]:
+        """Tokens after each block, prefix included."""
+        keep = self.keep or (None,) * self.depth
+        return token_counts(keep, self.patches, prefix=self.prefix, extra=self.reducer.extra)
+
+    def plan(
+        self, *, keep_rate=None, layers=None, keep_rates=None, tokens=None, left: float = 0.0
+    ) -> Keep:
+        """`plan.token_plan` for this model and its reducer; see there."""
+        if layers is None and keep_rates is None:
+            layers = self.reducer.default_layers(self.depth)
+        return token_plan(
+            self.patches,
+            self.depth,
+            keep_rate=keep_rate,
+            layers=layers,
+            keep_rates=keep_rates,
+            tokens=tokens,
+            extra=self.reducer.extra,
+            smallest=lambda n: self.reducer.smallest(n, self.prefix),
+            left=left,
+        )
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict]:
+        if images.shape[1:] != (*self.image_size, 3):
+            raise InputError(
+                f"this model takes images of shape (B, {self.image_size[0]}, {self.image_size[1]}, "
+                f"3), got {images.shape}; build it with image_size=({images.shape[1]}, "
+                f"{images.shape[2]}) to change that"
+            )
+        tokens = self.embed(images, train)
+
+        owners, rows, blocks = [], [], []
+        for i, keep in enumerate(self.keep or (None,) * self.depth):
+            tokens, row = Block(
+                num_heads=self.num_heads,
+                hidden=self.hidden,
+                reducer=self.reducer,
+                keep=keep,
+                layer=i,
+                dropout_rate=self.dropout_rate,
+                drop_path_rate=self.drop_path_rate * i / max(self.depth - 1, 1),
+                dtype=self.dtype,
+                name=f"blocks_{i}",
+            )(tokens, train=train)
+            rows.append(row)
+            blocks.append(tokens.x)
+            if keep is not None:
+                owners.append(tokens.owner)
+
+        features = norm("norm")(tokens.x[:, : self.prefix])  # norms see each token alone
+        head = dict(kernel_init=weight_init, dtype=jnp.float32)
+        logits = nn.Dense(self.num_classes, name="head", **head)(features[:, 0])
+        out: dict[str, Any] = dict(
+            owner=tuple(owners),
+            cls_attention=tuple(rows),
+            blocks=tuple(blocks),
+            size=tokens.size,
+            features=features,
+        )
+        if self.distilled:
+            out["logits_cls"] = logits
+            out["logits_dist"] = nn.Dense(self.num_classes, name="head_dist", **head)(
+                features[:, 1]
+            )
+            logits = (out["logits_cls"] + out["logits_dist"]) / 2
+        return logits, out
+
+    def embed(self, images: jax.Array, train: bool) -> Tokens:
+        """Patches, prefix tokens and positions: the tokens that enter the first block."""
+        batch = images.shape[0]
+        (rows, columns), (high, wide) = self.grid, self.patch_size
+        pixels = 3 * high * wide
+
+        # A convolution whose stride is its size is one matrix product over flattened patches.
+        patches = images.astype(self.dtype).reshape(batch, rows, high, columns, wide, 3)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, self.patches, pixels)
+        # DeiT leaves this layer at PyTorch's default for convolutions: uniform in
+        # +-1/sqrt(fan_in), for kernel and bias alike.
+        uniform = nn.initializers.uniform(2 * pixels**-0.5)
+
+        def default_init(key, shape, dtype=jnp.float32):
+            return uniform(key, shape, dtype) - pixels**-0.5
+
+        dense = nn.Dense(
+            self.width,
+            dtype=self.dtype,
+            kernel_init=default_init,
+            bias_init=default_init,
+            name="patch_embed",
+        )
+        x = dense(patches)  # (B, P, D)
+
+        names = ("cls_token", "dist_token")[: self.prefix]
+        prefix = [self.param(name, weight_init, (1, 1, self.width)) for name in names]
+        positions = self.param(
+            "pos_embed", weight_init, (1, self.prefix + self.patches, self.width)
+        )
+        prefix = [jnp.broadcast_to(token, (batch, 1, self.width)) for token in prefix]
+        x = jnp.concatenate([*(token.astype(self.dtype) for token in prefix), x], axis=1)
+        x = x + positions.astype(self.dtype)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        return Tokens(
+            x=x,
+            size=jnp.ones(x.shape[:2], jnp.float32),
+            owner=jnp.broadcast_to(
+                jnp.arange(self.patches, dtype=jnp.int32), (batch, self.patches)
+            ),
+            prefix=self.prefix,
+        )
+
+
+MODEL = ViT  # what create_model("vit") builds
+
+SIZES = {
+    "tiny": dict(width=192, num_heads=3),
+    "small": dict(width=384, num_heads=6),
+    "base": dict(width=768, num_heads=12),
+}
+# DeiT and EViT evaluate at 224/256 of the resized side at every size; timm's ViTs have their own.
+DEIT = Preprocessing(**IMAGENET, crop=224 / 256)
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+NAMED = {
+    f"{family}_{size}{distilled}_patch16_{pixels}": (
+        SIZES[size] | dict(image_size=pixels, patch_size=16, distilled=bool(distilled)),
+        DEIT if family == "deit" else Preprocessing(**HALF, crop=0.9 if pixels == 224 else 1.0),
+    )
+    for family, distilled in (("vit", ""), ("deit", ""), ("deit", "_distilled"))
+    for size in SIZES
+    for pixels in (224, 384)
+    if pixels == 224 or size == "base"
+}

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW as ViTs are trained with: decay on matrices only, warm-up and cosine, clipping."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate(
+    *, lr: float, min_lr: float, warmup_lr: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Linear from `warmup_lr` to `lr`, then the cosine from `lr` to `min_lr` over all steps.
+
+    As in DeiT's scheduler (timm) the cosine is not shifted by the warm-up, it only starts to count
+    after it.
+    """
+
+    def schedule(step):
+        warm = warmup_lr + (lr - warmup_lr) * step / max(warmup_steps, 1)
+        fraction = jnp.minimum(step / total_steps, 1.0)
+        cosine = min_lr + (lr - min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+        return jnp.where(step < warmup_steps, warm, cosine)
+
+    return schedule
+
+
+def decayed(params: dict) -> dict:
+    """True for what weight decay applies to: kernels, not biases, norms, tokens or positions."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def create(
+    *,
+    lr: float,
+    min_lr: float,
+    warmup_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    weight_decay: float,
+    clip_norm: float,
+    b1: float,
+    b2: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with its schedule; gradients are clipped to a global norm first, 0 does not clip."""
+    schedule = learning_rate(
+        lr=lr,
+        min_lr=min_lr,
+        warmup_lr=warmup_lr,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    return optax.chain(clip, adam), schedule

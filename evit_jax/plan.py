@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token counts as plain Python ints, fixed before anything is traced.
+
+XLA compiles one program per shape, so how many tokens each block keeps is decided here, once, and
+travels as a static tuple: `keep[i]` is None where block i does not reduce, else K, the number of
+patch tokens ("non-prefix tokens") that its reducer keeps. What a reducer appends, such as EViT's
+fused token, comes on top and is counted by the next block as one more patch token.
+
+Nothing here knows of JAX, models or methods: a reducer is two numbers, `extra` (tokens it appends)
+and `smallest` (the fewest it can keep of n).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from evit_jax.errors import InputError
+
+Keep = tuple[int | None, ...]
+
+
+def quarter_layers(depth: int) -> tuple[int, ...]:
+    """The paper's reducing blocks: 3, 6, 9 of 12 (DeiT); 4, 8, 12 of 16 (LV-ViT-S)."""
+    return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+
+
+def check_rate(rate: float) -> float:
+    """Returns a keep rate as a float; raises InputError unless it is in (0, 1]."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise InputError(f"keep_rate must be a number in (0, 1], got {rate!r}")
+    if not 0 < rate <= 1:  # also refuses nan
+        hint = ""
+        if 1 < rate <= 100:
+            hint = f"; did you mean {rate / 100:g}?"
+        elif rate == 0:
+            hint = "; a block has to keep something, and 1 keeps everything"
+        raise InputError(f"keep_rate must be in (0, 1], got {rate:g}{hint}")
+    return float(rate)
+
+
+def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Returns the reducing blocks, 0-based; raises InputError if one is out of range or doubled."""
+    layers = (layers,) if isinstance(layers, (int, float)) else tuple(layers)
+    wrong = [layer for layer in layers if type(layer) is not int or not 0 <= layer < depth]
+    if wrong:
+        raise InputError(
+            f"layers are block numbers from 0 to {depth - 1} for a model of depth {depth}, "
+            f"got {', '.join(map(str, wrong))}"
+        )
+    if len(set(layers)) < len(layers):
+        raise InputError(f"layers must not repeat a block, got {layers}")
+    return layers
+
+
+def block_rates(
+    depth: int,
+    *,
+    keep_rate: float | None = None,
+    layers: Sequence[int] | None = None,
+    keep_rates: Sequence[float] | None = None,
+) -> tuple[float, ...]:
+    """One keep rate per block, from one rate at `layers` or from `keep_rates` as they are.
+
+    Without any argument every block keeps everything.
+    """
+    if keep_rates is not None:
+        if keep_rate is not None or layers is not None:
+            raise InputError("give keep_rates (one per block), or keep_rate with layers, not both")
+        if len(keep_rates) != depth:
+            raise InputError(
+                f"keep_rates needs one rate per block: {depth} of them, got {len(keep_rates)}"
+            )
+        return tuple(check_rate(rate) for rate in keep_rates)
+    rate = check_rate(1 if keep_rate is None else keep_rate)
+    layers = check_layers(quarter_layers(depth) if layers is None else layers, depth)
+    return tuple(rate if block in layers else 1.0 for block in range(depth))
+
+
+def block_tokens(
+    depth: int, tokens: int | Sequence[int | None], layers: Sequence[int] | None = None
+) -> Keep:
+    """Absolute counts for every block, from one count, one per reducing layer or one per block."""
+    layers = check_layers(quarter_layers(depth) if layers is None else layers, depth)
+    counts = [tokens] if isinstance(tokens, (int, float)) else list(tokens)
+    counts = counts * len(layers) if len(counts) == 1 else counts
+    if len(counts) == len(layers):
+        at = dict(zip(layers, counts, strict=True))
+        counts = [at.get(block) for block in range(depth)]
+    if len(counts) != depth:
+        raise InputError(
+            f"tokens needs one count for each of the layers {layers} or for each of the {depth} "
+            f"blocks (None where a block keeps all), got {len(counts)}"
+        )
+    for count in counts:
+        if count is not None and (type(count) is not int or count < 1):
+            raise InputError(f"tokens must be whole numbers from 1 up, got {count!r}")
+    return tuple(counts)
+
+
+def token_plan(
+    patches: int,
+    depth: int,
+    *,
+    keep_rate: float | None = None,
+    layers: Sequence[int] | None = None,
+    keep_rates: Sequence[float] | None = None,
+    tokens: int | Sequence[int | None] | None = None,
+    extra: int = 0,
+    smallest: Callable[[int], int] = lambda n: 1,
+    left: float = 0.0,
+) -> Keep:
+    """What each block keeps: None, or K patch tokens out of the n present there.
+
+    K = ceil(rate * n), where n counts an earlier fused token like any other (EViT, evit.py:208).
+    The product is taken in Python floats. K == n means the block does not reduce (None).
+
+    Args:
+      patches: patch tokens entering block 0.
+      depth: number of blocks.
+      keep_rate: one rate in (0, 1] for all `layers`.
+      layers: reducing blocks, 0-based; default `quarter_layers(depth)`.
+      keep_rates: one rate per block, instead of `keep_rate` and `layers`.
+      tokens: absolute counts instead of rates, see `block_tokens`.
+      extra: tokens the reducer appends where it reduces.
+      smallest: n -> the fewest patch tokens the reducer can keep of n.
+      left: how much of the way from keeping everything to the above is left to go, in [0, 1]; the
+        warm-up of the keep rate goes from 1 to 0.
+
+    Raises:
+      InputError: a rate, layer or count out of range.
+    """
+    if tokens is not None:
+        if keep_rate is not None or keep_rates is not None:
+            raise InputError("give tokens (absolute counts) or keep rates, not both")
+        wanted = block_tokens(depth, tokens, layers)
+        rates = (1.0,) * depth
+    else:
+        wanted = (None,) * depth
+        rates = block_rates(depth, keep_rate=keep_rate, layers=layers, keep_rates=keep_rates)
+    keep, n = [], patches
+    for block, (count, rate) in enumerate(zip(wanted, rates, strict=True)):
+        if count is None:
+            count = max(math.ceil(min(1.0, rate + (1 - rate) * left) * n), smallest(n))
+        if not smallest(n) <= count <= n:
+            raise InputError(
+                f"block {block} has {n} patch tokens and can keep {smallest(n)} to {n} of them, "
+                f"got tokens={count}"
+            )
+        if wanted[block] is not None:
+            count += math.ceil((n - count) * left)
+        keep.append(count if count < n else None)
+        n = count + extra if count < n else n
+    return tuple(keep)
+
+
+def token_counts(keep: Keep, patches: int, *, prefix: int = 1, extra: int = 0) -> tuple[int, ...]:
+    """Tokens after each block, prefix tokens included: 197 or 140, 100, 72 for EViT 0.7 at 224."""
+    counts, n = [], patches
+    for count in keep:
+        n = n if count is None else count + extra
+        counts.append(prefix + n)
+    return tuple(counts)
+
+
+class Stage(NamedTuple):
+    """From `step` on, until the next stage, each block keeps `keep`.
+
+    `keep_rate` is the nominal rate for logs, None where counts were given instead of rates.
+    """
+
+    step: int
+    keep_rate: float | None
+    keep: Keep
+
+
+def stages(
+    planner: Callable[[float], Keep],
+    keep_rate: float | None,
+    *,
+    start: int = 0,
+    length: int = 0,
+    rungs: int = 8,
+) -> tuple[Stage, ...]:
+    """The keep-rate warm-up as a table: few rows, one compiled program each.
+
+    EViT lowers the rate from 1 (before step `start`) to its target (from `start + length` on) along
+    a cosine, with a new rate every step (helpers.py:7-18). Followed exactly that would be up to 218
+    programs, so the curve is rounded to `rungs` equal falls between 1 and the target, switching
+    where the curve passes the middle between two of them. Rungs with equal counts are one stage.
+
+    Args:
+      planner: `left` -> what each block keeps, as `token_plan` takes it.
+      keep_rate: the target rate, for the logs.
+      start: first step of the fall.
+      length: steps of the fall; 0 falls to the target at `start`.
+      rungs: number of equal falls, at least 1.
+    """
+    if rungs < 1 or start < 0 or length < 0:
+        raise InputError(
+            "the keep-rate warm-up needs rungs >= 1, start >= 0 and length >= 0, "
+            f"got {rungs}, {start} and {length}"
+        )
+    table: list[Stage] = []
+    for rung in range(rungs + 1):
+        step, left = 0, 1 - rung / rungs
+        if rung:
+            # (1 + cos(pi t / length)) / 2 is what is left of the fall after t steps.
+            middle = 1 - (rung - 0.5) / rungs
+            step = start + math.ceil(length * math.acos(2 * middle - 1) / math.pi)
+        if table and table[-1].step == step:
+            table.pop()  # it would not run for a single step
+        rate = None if keep_rate is None else keep_rate + (1 - keep_rate) * left
+        stage = Stage(step, rate, planner(left))
+        if not table or table[-1].keep != stage.keep:
+            table.append(stage)
+    return tuple(table)
+
+
+def stage_at(table: tuple[Stage, ...], step: int) -> Stage:
+    """The stage in which `step` (counted from 0) is taken."""
+    return max((stage for stage in table if stage.step <= step), key=lambda stage: stage.step)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model expects of its images, and the part of it that runs on the device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """A model's card, with timm's meaning of each field."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    crop: float = 1.0  # evaluation: side of the centre crop over the resized shorter side
+    interpolation: str = "bicubic"  # "bicubic", "bilinear", "nearest" or "lanczos", antialiased
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """(..., 3) uint8 RGB -> float32 with the model's mean and standard deviation."""
+        ones = (1,) * (images.ndim - 1)
+        mean, std = (jnp.float32(value).reshape(*ones, 3) for value in (self.mean, self.std))
+        return (images.astype(jnp.float32) / 255 - mean) / std

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EViT: keep what the class token attends to, fuse the rest (Liang et al., ICLR 2022)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from evit_jax.reducers import Reducer, Signals, Tokens, destinations, drop, follow
+
+
+@dataclasses.dataclass(frozen=True)
+class EViT(Reducer):
+    """Keeps the K patch tokens with the highest class attention, in descending order of it.
+
+    Ties go to the lower index. With `fuse` the others become one token appended last, the sum of
+    a_i x_i over them with a_i the class attention. As in the reference code (evit.py:245-250) it is
+    not divided by the sum of a_i.
+    """
+
+    fuse: bool = True  # False drops them
+
+    @property
+    def extra(self) -> int:
+        return int(self.fuse)
+
+    def __call__(self, tokens: Tokens, signals: Signals, keep: int) -> Tokens:
+        attention = signals.cls_attention[:, tokens.prefix :]  # (B, n)
+        _, kept = jax.lax.top_k(attention, keep)  # (B, K)
+        reduced = drop(tokens, kept)
+        if not self.fuse:
+            return reduced
+
+        place = destinations(kept, tokens.patches, rest=keep)  # (B, n), K: into the fused token
+        lost = (place == keep).astype(jnp.float32)
+        patches = tokens.x[:, tokens.prefix :]
+        fused = jnp.einsum("bn,bnd->bd", attention * lost, patches.astype(jnp.float32))
+        size = jnp.sum(lost * tokens.size[:, tokens.prefix :], axis=1)  # (B,)
+        return reduced.replace(
+            x=jnp.concatenate([reduced.x, fused[:, None].astype(patches.dtype)], axis=1),
+            size=jnp.concatenate([reduced.size, size[:, None]], axis=1),
+            owner=follow(tokens.owner, place),
+            weight=None
+            if reduced.weight is None
+            else jnp.pad(reduced.weight, ((0, 0), (0, 1)), constant_values=1.0),
+        )
+
+
+REDUCER = EViT

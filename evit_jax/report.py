@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run prints about its model: the dry run before it and the table after it."""
+
+import re
+
+import jax
+import numpy as np
+
+from evit_jax.flops import macs
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells -> aligned text; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def runs(counts: tuple[int, ...]) -> str:
+    """(197, 197, 140) -> "197 x2, 140"."""
+    parts, i = [], 0
+    while i < len(counts):
+        same = next((j for j in range(i, len(counts)) if counts[j] != counts[i]), len(counts)) - i
+        parts.append(f"{counts[i]} x{same}" if same > 1 else f"{counts[i]}")
+        i += same
+    return ", ".join(parts)
+
+
+def size_of(tree) -> int:
+    """Bytes of a tree of arrays or their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def count_of(tree) -> int:
+    """Numbers in a tree of arrays or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def parameter_table(params: dict) -> str:
+    """Parameters per part of the model, its blocks taken together."""
+    parts: dict[str, list] = {}
+    for name, tree in params.items():
+        parts.setdefault(re.sub(r"_\d+$", "", name) if "blocks_" in name else name, []).append(tree)
+    rows = [["part", "parameters", "shapes"]]
+    for name, trees in parts.items():
+        shapes = (
+            ""
+            if len(trees) > 1
+            else " ".join("x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(trees[0]))
+        )
+        times = f"{name} (x{len(trees)})" if len(trees) > 1 else name
+        rows.append([times, f"{count_of(trees):,}", shapes])
+    rows.append(["all", f"{count_of(params):,}", ""])
+    return table(rows)
+
+
+def result_table(rows: dict[str, dict]) -> str:
+    """Variants of one model over the same parameters; the last one is what the others compare to.
+
+    Args:
+      rows: name -> tokens (per block), macs, test_top1 (fraction), images_per_second (one a round).
+    """
+    cells = [["", "tokens after each block", "GMACs", "test top-1", "images/s: median (range)"]]
+    for name, row in rows.items():
+        speed = row["images_per_second"]
+        cells.append(
+            [
+                name,
+                runs(row["tokens"]),
+                f"{row['macs'] / 1e9:.4g}",
+                f"{100 * row['test_top1']:.2f} %",
+                f"{np.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})",
+            ]
+        )
+    *others, (_, base) = rows.items()
+    for name, row in others:
+        fewer, faster = base["macs"] / row["macs"], speedup(row, base)
+        gain = 100 * (row["test_top1"] - base["test_top1"])
+        cells.append([f"{name} over dense", "", f"1/{fewer:.3f}", f"{gain:+.2f}", f"x{faster:.2f}"])
+    return table(cells)
+
+
+def speedup(row: dict, base: dict) -> float:
+    """Median ratio of images per second, round by round: both saw the same machine."""
+    return float(np.median(np.divide(row["images_per_second"], base["images_per_second"])))
+
+
+def summary(rows: dict[str, dict]) -> dict:
+    """The figures of `result_table` for programs: the first row's, the last one's as dense_*."""
+    first, last = next(iter(rows.values())), list(rows.values())[-1]
+    figures = {name: first[name] for name in ("test_top1", "test_top5", "test_loss", "macs")}
+    figures["images_per_second"] = float(np.median(first["images_per_second"]))
+    figures["dense_top1"], figures["dense_macs"] = last["test_top1"], last["macs"]
+    figures["dense_images_per_second"] = float(np.median(last["images_per_second"]))
+    return figures | dict(speedup=speedup(first, last))
+
+
+def line(figures: dict, total: int) -> str:
+    """One log line of a training run from what goes into metrics.jsonl."""
+    shown = {
+        "train_loss": "loss {:.4f}",
+        "train_top1": "top-1 {:.1%}",
+        "lr": "lr {:.2e}",
+        "keep_rate": "keep {:.3g}",
+        "images_per_second": "{:,.0f} images/s",
+        "data_wait": "waiting for data {:.0%}",
+        "test_top1": "TEST top-1 {:.2%}",
+        "test_top5": "top-5 {:.2%}",
+        "test_loss": "loss {:.4f}",
+    }
+    head = f"step {figures['step']}/{total}  epoch {figures['epoch']:.1f}"
+    cells = [
+        text.format(figures[name]) for name, text in shown.items() if figures.get(name) is not None
+    ]
+    return "  ".join([head, *cells])
+
+
+def memory_table(state: dict, batch: dict, compiled, devices: int) -> str:
+    """What a compiled training step needs on each device, by XLA's own account."""
+    share = size_of(batch) / devices
+    rows = [["memory per device", "MiB"]]
+    rows.append(["parameters", f"{size_of(state['params']) / 2**20:,.1f}"])
+    rows.append(["training state (with the parameters)", f"{size_of(state) / 2**20:,.1f}"])
+    rows.append(["batch", f"{share / 2**20:,.1f}"])
+    if (analysis := compiled.memory_analysis()) is not None:
+        temporary = analysis.temp_size_in_bytes
+        rows.append(["activations and temporaries", f"{temporary / 2**20:,.1f}"])
+        rows.append(["training step", f"{(size_of(state) + share + temporary) / 2**20:,.1f}"])
+    return table(rows)
+
+
+def stage_table(model, stages) -> str:
+    """The keep-rate warm-up: from which step on each block has how many tokens."""
+    rows = [["from step", "keep rate", "tokens after each block", "GMACs"]]
+    for step, keep_rate, keep in stages:
+        stage = model.clone(keep=keep)
+        rate = "" if keep_rate is None else f"{keep_rate:.3g}"
+        rows.append([str(step), rate, runs(stage.tokens_per_block), f"{macs(stage) / 1e9:.4g}"])
+    return table(rows)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import evit_jax
+from evit_jax.errors import InputError
+from evit_jax.models import backbones, build_model, create_model, init_params, preprocessing
+from evit_jax.preprocessing import IMAGENET
+
+SMALL = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=4, num_classes=10)
+
+PARAMETERS = {
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_base_patch16_384": 86_859_496,
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_small_patch16_224": 22_050_664,
+    "deit_base_patch16_224": 86_567_656,
+    "deit_base_patch16_384": 86_859_496,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_distilled_patch16_224": 22_436_432,
+    "deit_base_distilled_patch16_224": 87_338_192,
+    "deit_base_distilled_patch16_384": 87_630_032,
+}
+
+
+def shapes(model):
+    return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_exact(name):
+    params = shapes(build_model(name))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_every_named_model_has_a_count_above():
+    named = {name for module in backbones().values() for name in module.NAMED}
+    assert named == set(PARAMETERS)
+
+
+def test_reducing_adds_no_parameters_and_shares_them_between_rates():
+    model, params = create_model("vit", keep_rate=0.5, **SMALL)
+    again, same = create_model("vit", keep_rate=0.9, reducer="random", **SMALL)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    for variant in (model, again, model.clone(keep=model.plan(keep_rate=0.7))):
+        logits, _ = variant.apply({"params": params}, images)
+        assert np.isfinite(logits).all()
+
+
+def test_out_holds_owner_attention_and_tokens_of_every_block():
+    model, params = create_model("vit", keep_rate=0.5, **SMALL)
+    assert model.tokens_per_block == (17, 10, 7, 5)
+    logits, out = model.apply({"params": params}, jnp.ones((2, 32, 32, 3)))
+    assert logits.shape == (2, 10)
+    assert [owner.shape for owner in out["owner"]] == [(2, 16)] * 3
+    assert [block.shape for block in out["blocks"]] == [(2, n, 32) for n in (17, 10, 7, 5)]
+    assert [row.shape for row in out["cls_attention"]] == [(2, n) for n in (17, 17, 10, 7)]
+    assert out["size"].shape == (2, 5)
+    np.testing.assert_array_equal(out["size"].sum(axis=1), 17)
+
+
+def test_images_need_not_be_square():
+    settings = SMALL | dict(image_size=(32, 64), patch_size=(8, 16))
+    model, params = create_model("vit", keep_rate=0.7, **settings)
+    assert (model.grid, model.patches) == ((4, 4), 16)
+    logits, _ = model.apply({"params": params}, jnp.ones((1, 32, 64, 3)))
+    assert logits.shape == (1, 10)
+
+
+def test_a_patch_is_a_rectangle_of_its_image():
+    model, params = create_model("vit", **SMALL)
+    image = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
+    kernel = params["patch_embed"]["kernel"].reshape(8, 8, 3, 32)
+    convolved = jax.lax.conv_general_dilated(
+        image, kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    flat = params | dict(pos_embed=jnp.zeros_like(params["pos_embed"]))
+    bound = model.bind({"params": flat})
+    embedded = nn_embed(bound, image)[:, 1:]
+    expected = convolved.reshape(1, 16, 32) + params["patch_embed"]["bias"][None, None]
+    np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)
+
+
+def nn_embed(bound, image):
+    """The tokens that enter block 0: what its first norm is given."""
+    _, state = bound.unbind()[0].apply(
+        bound.variables,
+        image,
+        capture_intermediates=lambda module, _: module.name == "patch_embed",
+    )
+    patches = state["intermediates"]["patch_embed"]["__call__"][0]
+    return jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
+
+
+def test_the_distillation_token_is_never_reduced_and_has_its_own_head():
+    model, params = create_model("vit", keep_rate=0.5, distilled=True, **SMALL)
+    assert model.tokens_per_block == (18, 11, 8, 6)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    logits, out = model.apply({"params": params}, images)
+    np.testing.assert_allclose(logits, (out["logits_cls"] + out["logits_dist"]) / 2, rtol=1e-6)
+    for name, token in (("head", 0), ("head_dist", 1)):
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        expected = out["features"][:, token] @ kernel + bias[None]
+        got = out["logits_cls" if name == "head" else "logits_dist"]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(out["logits_cls"], out["logits_dist"])
+    assert (np.asarray(out["size"][:, :2]) == 1).all()
+
+
+def test_training_drops_paths_and_evaluation_does_not():
+    model, params = create_model("vit", drop_path_rate=0.5, dropout_rate=0.1, **SMALL)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+
+    def apply(train, seed=0):
+        rngs = {"dropout": jax.random.key(seed)}
+        return model.apply({"params": params}, images, train=train, rngs=rngs)[0]
+
+    np.testing.assert_array_equal(apply(False, 0), apply(False, 1))
+    np.testing.assert_array_equal(apply(True, 0), apply(True, 0))
+    assert not np.allclose(apply(True, 0), apply(True, 1))
+    assert not np.allclose(apply(True, 0), apply(False, 0))
+
+
+def test_bfloat16_computes_in_it_and_answers_in_float32():
+    model, params = create_model("vit", keep_rate=0.7, dtype="bfloat16", **SMALL)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    logits, out = model.apply({"params": params}, images)
+    assert logits.dtype == jnp.float32
+    assert {block.dtype for block in out["blocks"]} == {jnp.dtype("bfloat16")}
+    exact, _ = model.clone(dtype=jnp.float32).apply({"params": params}, images)
+    # bfloat16 has 8 bits of mantissa, so a relative error of 2^-8 per operation is its nature.
+    np.testing.assert_allclose(logits, exact, atol=0.03)
+
+
+def test_initial_weights_are_deits():
+    _, params = create_model("vit", **(SMALL | dict(width=256)))
+    block = params["blocks_0"]
+    for kernel in (block["attn"]["qkv"], block["mlp"]["fc1"], params["head"]):
+        assert float(kernel["kernel"].std()) == pytest.approx(0.02, rel=0.06)
+        assert (kernel["bias"] == 0).all()
+    assert float(params["pos_embed"].std()) == pytest.approx(0.02, rel=0.06)
+    bound = (8 * 8 * 3) ** -0.5  # PyTorch's default for the patch convolution
+    patch = params["patch_embed"]["kernel"]
+    assert float(jnp.abs(patch).max()) <= bound
+    assert float(patch.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+def test_named_models_carry_their_preprocessing():
+    deit = preprocessing("deit_small_patch16_224")
+    assert dataclasses.asdict(deit) == IMAGENET | dict(crop=0.875, interpolation="bicubic")
+    assert preprocessing("vit_small_patch16_224").mean == (0.5, 0.5, 0.5)
+
+
+def test_normalising_maps_the_mean_to_zero():
+    card = preprocessing("deit_small_patch16_224")
+    images = jnp.asarray(np.round(np.array(card.mean) * 255), jnp.uint8)[None, None]
+    np.testing.assert_allclose(card.normalise(images), 0, atol=0.01)
+    white = card.normalise(jnp.full((1, 1, 3), 255, jnp.uint8))
+    np.testing.assert_allclose(white[0, 0], (1 - np.array(card.mean)) / card.std, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(name="deit_smal_patch16_224"), "did you mean 'deit_small_patch16_224'?"),
+        (dict(name="vit", image_sise=32), "did you mean 'image_size'?"),
+        (dict(name="vit", image_size=8), "image height 8 is smaller than a patch of 16"),
+        (dict(name="vit", image_size=(224, 230)), "image width 230 is not a multiple"),
+        (dict(name="vit", image_size=230), "the nearest that is: 224"),
+        (dict(name="vit", image_size=0), "positive whole number"),
+        (dict(name="vit", keep_rate=70), "did you mean 0.7?"),
+        (dict(name="vit", reducer="evitt"), "did you mean 'evit'?"),
+        (dict(name="vit", num_heads=7), "does not divide into 7 heads"),
+        (dict(name="vit", dtype="float8"), "unknown dtype 'float8'"),
+    ],
+)
+def test_bad_settings_say_what_to_do(settings, text):
+    with pytest.raises(InputError) as error:
+        build_model(**settings)
+    assert text in str(error.value)
+
+
+def test_another_image_size_at_apply_is_one_clear_error():
+    model, params = create_model("vit", **SMALL)
+    with pytest.raises(InputError, match=r"takes images of shape \(B, 32, 32, 3\)"):
+        model.apply({"params": params}, jnp.ones((1, 40, 40, 3)))
+
+
+def test_the_package_offers_create_model():
+    assert evit_jax.create_model is create_model

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evit_jax import optim
+from evit_jax.models import build_model, init_params
+
+RATES = dict(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=10, total_steps=100)
+ADAM = dict(weight_decay=0.1, clip_norm=0.0, b1=0.9, b2=0.999)
+
+
+def test_warm_up_is_linear_and_the_cosine_counts_from_the_first_step():
+    schedule = optim.learning_rate(**RATES)
+    assert float(schedule(0)) == pytest.approx(1e-6)
+    assert float(schedule(5)) == pytest.approx((1e-6 + 1e-3) / 2)
+    for step in (10, 50, 99):
+        cosine = 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + np.cos(np.pi * step / 100))
+        assert float(schedule(step)) == pytest.approx(cosine, rel=1e-5)
+    assert float(schedule(100)) == float(schedule(200)) == pytest.approx(1e-5)
+
+
+def test_without_warm_up_the_first_rate_is_the_highest():
+    assert float(optim.learning_rate(**RATES | dict(warmup_steps=0))(0)) == pytest.approx(1e-3)
+
+
+def test_only_kernels_decay():
+    model = build_model(
+        "vit", image_size=8, patch_size=4, width=8, depth=1, num_heads=2, num_classes=3,
+        distilled=True,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    flat = jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+    decayed = {"/".join(key.key for key in path) for path, decays in flat if decays}
+    assert decayed == {
+        "patch_embed/kernel",
+        "blocks_0/attn/qkv/kernel",
+        "blocks_0/attn/proj/kernel",
+        "blocks_0/mlp/fc1/kernel",
+        "blocks_0/mlp/fc2/kernel",
+        "head/kernel",
+        "head_dist/kernel",
+    }
+
+
+def test_a_step_is_adamws():
+    optimizer, schedule = optim.create(**RATES | dict(warmup_steps=0), **ADAM)
+    params = dict(a=dict(kernel=jnp.asarray([2.0]), bias=jnp.asarray([2.0])))
+    grads = dict(a=dict(kernel=jnp.asarray([0.5]), bias=jnp.asarray([0.5])))
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    lr = float(schedule(0))
+    # The first step of Adam has length lr whatever the gradient; decay adds lr * 0.1 * weight.
+    np.testing.assert_allclose(updates["a"]["bias"], [-lr], rtol=1e-5)
+    np.testing.assert_allclose(updates["a"]["kernel"], [-lr * 1.2], rtol=1e-5)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together():
+    params = dict(a=dict(kernel=jnp.zeros(2), bias=jnp.zeros(1)))
+    grads = dict(a=dict(kernel=jnp.asarray([6.0, 0.0]), bias=jnp.asarray([8.0])))
+    clipped, _ = optim.create(**RATES, **ADAM | dict(clip_norm=1.0))
+    _, state = clipped.update(grads, clipped.init(params), params)
+    first_moment = jax.tree.leaves(state)[1:4]
+    total = sum(float((moment**2).sum()) for moment in jax.tree.leaves(state[1][0].mu))
+    assert total**0.5 == pytest.approx(0.1, rel=1e-5), first_moment  # (1 - b1) * 1

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+
+from evit_jax.errors import InputError
+from evit_jax.plan import quarter_layers, stage_at, stages, token_counts, token_plan
+
+FUSED = {
+    0.9: (178, 162, 147),
+    0.8: (158, 128, 104),
+    0.7: (139, 99, 71),
+    0.6: (119, 73, 45),
+    0.5: (99, 51, 27),
+}
+DROPPED = {
+    0.9: (177, 160, 144),
+    0.8: (157, 126, 101),
+    0.7: (138, 97, 68),
+    0.6: (118, 71, 43),
+    0.5: (98, 49, 25),
+}
+
+
+@pytest.mark.parametrize(("extra", "table"), [(1, FUSED), (0, DROPPED)])
+@pytest.mark.parametrize("rate", FUSED)
+def test_counts_of_deit_at_224_are_the_reference_codes(extra, table, rate):
+    keep = token_plan(196, 12, keep_rate=rate, extra=extra)
+    counts = token_counts(keep, 196, extra=extra)
+    assert tuple(counts[layer] - 1 for layer in (3, 6, 9)) == table[rate]
+    assert [block for block, count in enumerate(keep) if count is not None] == [3, 6, 9]
+
+
+def test_keeping_everything_reduces_nowhere():
+    assert token_plan(196, 12, keep_rate=1) == (None,) * 12
+    assert token_plan(196, 12) == (None,) * 12
+
+
+def test_a_count_that_rounds_up_to_all_is_no_reduction():
+    assert token_plan(4, 2, keep_rate=0.9, layers=(0, 1), extra=1) == (None, None)
+
+
+def test_rates_per_block_and_absolute_counts():
+    keep = token_plan(36, 6, keep_rates=(1, 0.7, 1, 0.7, 1, 0.7), extra=1)
+    assert keep == (None, 26, None, 19, None, 14)
+    assert token_counts(keep, 36, extra=1) == (37, 28, 28, 21, 21, 16)
+    assert token_plan(36, 6, tokens=(26, 19, 14), layers=(1, 3, 5), extra=1) == keep
+    assert token_plan(36, 6, tokens=(None, 26, None, 19, None, 14), extra=1) == keep
+    assert token_plan(36, 6, tokens=10, layers=(1, 3)) == (None, 10, None, None, None, None)
+
+
+def test_layers_default_to_the_quarters_of_the_depth():
+    assert quarter_layers(12) == (3, 6, 9)
+    assert quarter_layers(16) == (4, 8, 12)
+    assert quarter_layers(1) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(keep_rate=70), "did you mean 0.7?"),
+        (dict(keep_rate=0), "keep something"),
+        (dict(keep_rate=-0.5), "got -0.5"),
+        (dict(keep_rate=math.nan), "got nan"),
+        (dict(keep_rate="0.7"), "must be a number"),
+        (dict(keep_rate=True), "must be a number"),
+        (dict(keep_rate=0.7, layers=(3, 12)), "0 to 11 for a model of depth 12, got 12"),
+        (dict(keep_rate=0.7, layers=(-1,)), "got -1"),
+        (dict(keep_rate=0.7, layers=(3, 3)), "must not repeat"),
+        (dict(keep_rates=(1, 0.5)), "12 of them, got 2"),
+        (dict(keep_rates=(0.5,) * 12, keep_rate=0.5), "not both"),
+        (dict(keep_rate=0.5, tokens=7), "not both"),
+        (dict(tokens=(200, 100, 50)), "block 3 has 196 patch tokens and can keep 1 to 196"),
+        (dict(tokens=(100, 50)), "one count for each of the layers"),
+        (dict(tokens=0), "whole numbers from 1 up"),
+        (dict(tokens=0.5), "got 0.5"),
+    ],
+)
+def test_bad_requests_say_what_to_do(settings, text):
+    with pytest.raises(InputError, match=None) as error:
+        token_plan(196, 12, **settings)
+    assert text in str(error.value)
+
+
+def test_a_reducer_that_at_most_halves_bounds_the_plan():
+    def half(n):
+        return n - n // 2
+
+    assert token_plan(8, 1, keep_rate=0.1, layers=(0,), smallest=half) == (4,)
+    with pytest.raises(InputError, match="can keep 4 to 8"):
+        token_plan(8, 1, tokens=3, layers=(0,), smallest=half)
+
+
+def planner(left):
+    return token_plan(196, 12, keep_rate=0.5, extra=1, left=left)
+
+
+def test_without_a_warm_up_there_is_one_stage():
+    table = stages(planner, 0.5)
+    assert [(stage.step, stage.keep_rate, stage.keep) for stage in table] == [(0, 0.5, planner(0))]
+
+
+def test_a_later_start_has_a_dense_stage_before_it():
+    table = stages(planner, 0.5, start=100)
+    assert [(stage.step, stage.keep_rate) for stage in table] == [(0, 1.0), (100, 0.5)]
+    assert table[0].keep == (None,) * 12
+
+
+@pytest.mark.parametrize("rungs", [1, 4, 8, 16])
+def test_stages_follow_the_papers_cosine_within_half_a_rung(rungs):
+    start, length, target = 626, 6260, 0.5
+    table = stages(planner, target, start=start, length=length, rungs=rungs)
+    assert len(table) <= rungs + 1
+    assert table[-1].keep == planner(0)
+    rung = (1 - target) / rungs
+    for step in range(0, 2 * (start + length), 97):
+        t = min(max(step - start, 0), length)
+        cosine = target + (1 - target) * 0.5 * (math.cos(math.pi * t / length) + 1)
+        assert abs(stage_at(table, step).keep_rate - cosine) <= rung / 2 + 1e-9
+    assert [stage.step for stage in table] == sorted({stage.step for stage in table})
+
+
+def test_rungs_with_equal_counts_are_one_stage():
+    table = stages(lambda left: token_plan(4, 1, keep_rate=0.5, layers=(0,), left=left), 0.5,
+                   length=100, rungs=16)  # fmt: skip
+    assert [stage.keep for stage in table] == [(None,), (3,), (2,)]
+
+
+def test_counts_are_warmed_up_too():
+    table = stages(lambda left: token_plan(100, 1, tokens=50, layers=(0,), left=left), None,
+                   length=10, rungs=2)  # fmt: skip
+    assert [(stage.keep_rate, stage.keep) for stage in table] == [
+        (None, (None,)),
+        (None, (75,)),
+        (None, (50,)),
+    ]
+
+
+def test_a_warm_up_of_negative_length_is_refused():
+    with pytest.raises(InputError, match="length >= 0"):
+        stages(planner, 0.5, length=-1)

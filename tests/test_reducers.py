@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One contract for every file in reducers/; a new file is tested by being there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evit_jax.errors import InputError
+from evit_jax.models import build_model, init_params
+from evit_jax.reducers import Signals, Tokens, create_reducer, follow, known_reducers
+
+BATCH, PATCHES, WIDTH = 3, 12, 5
+
+
+def variants():
+    """Every method with its defaults, and with each of its switches turned."""
+    for name in known_reducers():
+        reducer = create_reducer(name)
+        yield pytest.param(reducer, id=name)
+        for field in dataclasses.fields(reducer):
+            if isinstance(field.default, bool):
+                turned = dataclasses.replace(reducer, **{field.name: not field.default})
+                yield pytest.param(turned, id=f"{name}:{field.name}={not field.default}")
+
+
+every_reducer = pytest.mark.parametrize("reducer", list(variants()))
+every_prefix = pytest.mark.parametrize("prefix", [1, 2])
+
+
+def example(prefix=1, seed=0, batch=BATCH, train=False):
+    rng = np.random.default_rng(seed)
+    length = prefix + PATCHES
+    tokens = Tokens(
+        x=jnp.asarray(rng.normal(size=(batch, length, WIDTH)), jnp.float32),
+        size=jnp.ones((batch, length)),
+        owner=jnp.tile(jnp.arange(PATCHES), (batch, 1)),
+        prefix=prefix,
+    )
+    signals = Signals(
+        cls_attention=jax.nn.softmax(jnp.asarray(rng.normal(size=(batch, length)), jnp.float32)),
+        keys=jnp.asarray(rng.normal(size=(batch, length, 4)), jnp.float32),
+        key=jax.random.key(seed) if train else None,
+        train=train,
+    )
+    return tokens, signals
+
+
+def count_to_keep(reducer, n, prefix):
+    return max(n * 2 // 3, reducer.smallest(n, prefix))
+
+
+def reduce_twice(reducer, prefix, train=False):
+    """Two reducing blocks in a row; the second sees what the first appended."""
+    tokens, signals = example(prefix, train=train)
+    once = reducer(tokens, signals, count_to_keep(reducer, tokens.patches, prefix))
+    _, signals = example(prefix, seed=1, train=train)
+    length = once.x.shape[1]
+    signals = signals.replace(
+        cls_attention=signals.cls_attention[:, :length], keys=signals.keys[:, :length]
+    )
+    keep = count_to_keep(reducer, once.patches, prefix)
+    return tokens, once, reducer(once, signals, keep), keep
+
+
+@every_prefix
+@every_reducer
+@pytest.mark.parametrize("train", [False, True])
+def test_prefix_comes_back_untouched_and_the_count_is_the_planned_one(reducer, prefix, train):
+    tokens, _, twice, keep = reduce_twice(reducer, prefix, train)
+    np.testing.assert_array_equal(twice.x[:, :prefix], tokens.x[:, :prefix])
+    np.testing.assert_array_equal(twice.size[:, :prefix], 1)
+    length = prefix + keep + reducer.extra
+    assert twice.x.shape == (BATCH, length, WIDTH)
+    assert twice.size.shape == (BATCH, length)
+    assert twice.owner.shape == (BATCH, PATCHES)
+    assert twice.owner.dtype == jnp.int32
+    assert twice.prefix == prefix
+    assert twice.x.dtype == tokens.x.dtype
+
+
+@every_prefix
+@every_reducer
+def test_owner_says_where_every_patch_is(reducer, prefix):
+    tokens, _, twice, _ = reduce_twice(reducer, prefix)
+    for image in range(BATCH):
+        owner = np.asarray(twice.owner[image])
+        assert set(owner) <= set(range(-1, twice.patches))
+        # As many patches say that they are in a token as it says it stands for.
+        owned = np.bincount(owner[owner >= 0], minlength=twice.patches)
+        np.testing.assert_array_equal(owned, twice.size[image, prefix:])
+        # A token that stands for one patch is that patch.
+        alone = [patch for patch in range(PATCHES) if owner[patch] >= 0 and owned[owner[patch]] == 1]
+        assert alone
+        for patch in alone:
+            now, before = twice.x[image, prefix + owner[patch]], tokens.x[image, prefix + patch]
+            np.testing.assert_array_equal(now, before)
+
+
+@every_reducer
+def test_size_never_grows_and_is_conserved_where_nothing_is_dropped(reducer):
+    tokens, once, twice, _ = reduce_twice(reducer, 1)
+    before, middle, after = (np.asarray(t.size.sum(axis=1)) for t in (tokens, once, twice))
+    assert (middle <= before).all()
+    assert (after <= middle).all()
+    dropped = np.asarray((twice.owner < 0).sum(axis=1))
+    np.testing.assert_array_equal(after, before - dropped)
+
+
+@every_reducer
+def test_gradients_are_finite_and_reach_what_was_kept(reducer):
+    tokens, signals = example()
+    keep = count_to_keep(reducer, PATCHES, 1)
+
+    def loss(x, cls_attention):
+        after = reducer(tokens.replace(x=x), signals.replace(cls_attention=cls_attention), keep)
+        return jnp.sum(jnp.sin(after.x))
+
+    grads = jax.grad(loss, argnums=(0, 1))(tokens.x, signals.cls_attention)
+    assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
+    owner = reducer(tokens, signals, keep).owner
+    reached = np.asarray(jnp.abs(grads[0][:, 1:]).sum(axis=-1) > 0)
+    np.testing.assert_array_equal(reached, np.asarray(owner >= 0))
+
+
+@every_reducer
+def test_each_image_is_treated_alone(reducer):
+    tokens, signals = example()
+    keep = count_to_keep(reducer, PATCHES, 1)
+    together = reducer(tokens, signals, keep)
+    for image in range(BATCH):
+        one = jax.tree.map(lambda array: array[image : image + 1], (tokens, signals))  # noqa: B023
+        alone = reducer(*one, keep)
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_array_equal(a[0], b[image])
+
+
+@every_reducer
+def test_keeping_everything_is_the_dense_model_to_the_last_bit(reducer):
+    sizes = dict(image_size=16, patch_size=4, width=16, depth=4, num_heads=2, num_classes=3)
+    dense = build_model("vit", **sizes)
+    params = init_params(dense, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    expected, _ = dense.apply({"params": params}, images)
+    logits, out = build_model("vit", reducer=reducer, keep_rate=1, **sizes).apply(
+        {"params": params}, images
+    )
+    np.testing.assert_array_equal(logits, expected)
+    assert out["owner"] == ()
+
+
+@every_reducer
+def test_reducers_are_part_of_the_compile_key(reducer):
+    assert hash(reducer) == hash(dataclasses.replace(reducer))
+    assert reducer == dataclasses.replace(reducer)
+
+
+def test_evit_keeps_the_most_attended_in_descending_order_and_fuses_the_rest():
+    tokens, signals = example()
+    after = create_reducer("evit")(tokens, signals, 4)
+    for image in range(BATCH):
+        attention = np.asarray(signals.cls_attention[image, 1:], np.float64)
+        patches = np.asarray(tokens.x[image, 1:], np.float64)
+        order = np.argsort(-attention)
+        np.testing.assert_array_equal(after.x[image, 1:5], tokens.x[image, 1:][order[:4]])
+        fused = attention[order[4:]] @ patches[order[4:]]  # not divided by the sum of attention
+        np.testing.assert_allclose(after.x[image, 5], fused, rtol=1e-5, atol=1e-6)
+        assert after.size[image, 5] == PATCHES - 4
+        np.testing.assert_array_equal(np.asarray(after.owner[image])[order[:4]], range(4))
+        np.testing.assert_array_equal(np.asarray(after.owner[image])[order[4:]], 4)
+
+
+def test_evit_breaks_ties_towards_the_lower_index():
+    tokens, signals = example()
+    even = signals.replace(cls_attention=jnp.full((BATCH, 1 + PATCHES), 1 / (1 + PATCHES)))
+    after = create_reducer("evit:fuse=False")(tokens, even, 3)
+    np.testing.assert_array_equal(after.owner[0], [0, 1, 2, *[-1] * (PATCHES - 3)])
+
+
+def test_a_fused_token_selected_again_keeps_its_patches():
+    tokens, signals = example()
+    reducer = create_reducer("evit")
+    once = reducer(tokens, signals, 4)  # patch tokens 0 to 3 and the fused one, 4
+    attention = jnp.tile(jnp.asarray([0.0, 0.1, 0.2, 0.1, 0.05, 0.5]), (BATCH, 1))
+    twice = reducer(once, Signals(attention, once.x), 2)
+    expected = {0: 2, 1: 1, 2: 2, 3: 2, 4: 0}  # the fused token is now the first one
+    moved = [[expected[int(token)] for token in row] for row in once.owner]
+    np.testing.assert_array_equal(twice.owner, moved)
+    np.testing.assert_array_equal(twice.size[0], [1, PATCHES - 4, 1, 3])
+
+
+def test_a_fused_token_gets_the_plain_weight():
+    tokens, signals = example()
+    weighted = tokens.replace(weight=jnp.full((BATCH, 1 + PATCHES), 3.0))
+    after = create_reducer("evit")(weighted, signals, 4)
+    np.testing.assert_array_equal(after.weight[0], [3, 3, 3, 3, 3, 1])
+
+
+def test_random_draws_anew_in_training_and_once_in_evaluation():
+    reducer = create_reducer("random")
+    tokens, signals = example(train=True)
+    first = reducer(tokens, signals, 6).owner
+    second = reducer(tokens, signals.replace(key=jax.random.key(9)), 6).owner
+    assert (first != second).any()
+    assert (first[0] != first[1]).any()  # every image its own
+    tokens, signals = example()
+    fixed = reducer(tokens, signals, 6).owner
+    np.testing.assert_array_equal(fixed[0], fixed[1])
+    assert (fixed != reducer(tokens, signals.replace(layer=1), 6).owner).any()
+    assert (fixed != create_reducer("random:seed=1")(tokens, signals, 6).owner).any()
+
+
+def test_follow_leaves_dropped_patches_dropped():
+    owner, destination = jnp.asarray([[0, -1, 2, 1]]), jnp.asarray([[5, -1, 3]])
+    np.testing.assert_array_equal(follow(owner, destination), [[5, -1, 3, -1]])
+
+
+def test_specs_are_words_or_dicts():
+    assert create_reducer("evit:fuse=False") == create_reducer(dict(name="evit", fuse=False))
+    assert create_reducer("evit").extra == 1
+    with pytest.raises(InputError, match="unknown reducer 'evti'; did you mean 'evit'"):
+        create_reducer("evti")
+    with pytest.raises(InputError, match="unknown field of evit 'fused'; did you mean 'fuse'"):
+        create_reducer("evit:fused=False")
+    with pytest.raises(InputError, match="needs a name"):
+        create_reducer(dict(fuse=False))

@@ -45,7 +45,7 @@ def main() -> None:
     # ---------------------------------------------------------------------------------------- data
     view = dict(size=model.image_size, interpolation=card.interpolation)
     view |= dict(host=host, hosts=hosts, threads=config.run.threads)
-    train_images = config.batch_size  # a dry run needs no data
+    train_images = 1000 * config.batch_size  # a dry run needs no data; epochs are what it shows
     if not config.dry_run:
         train_source = open_source(config.data.name, "train", config.data.dir)
         test_source = open_source(config.data.name, "test", config.data.dir)
@@ -101,7 +101,7 @@ def main() -> None:
         state = jax.eval_shape(init, key)
         batch = steps.batch_shapes(model.image_size, config.batch_size)
         print(report.parameter_table(state["params"]), end="\n\n")
-        print(report.stage_table(model, stages), end="\n\n")
+        print(report.stage_table(model, stages, steps_per_epoch=1000), end="\n\n")
         print("compiling the training step; nothing is run ...", end="\n\n", flush=True)
         compiled = train_step(stages[0].keep).lower(state, batch).compile()
         print(report.memory_table(state, batch, compiled, jax.device_count()))
@@ -138,9 +138,11 @@ def main() -> None:
         return contextlib.closing(batches)
 
     def evaluate(model) -> dict[str, float]:
-        params = steps.eval_params(state)
+        params, sums = steps.eval_params(state), []
         with test_batches() as batches:
-            sums = [eval_step(model)(params, devices.put(batch)) for batch in batches]
+            for batch in batches:
+                jax.block_until_ready(sums[-1:])  # as in training, one batch ahead of the device
+                sums.append(eval_step(model)(params, devices.put(batch)))
         return metrics.means(sums, "test")
 
     # ------------------------------------------------------------------------------------ training

@@ -25,7 +25,7 @@ def get_config(text: str = ""):
             keep_rate=chosen["keep_rate"],
             layers=(1, 2, 3),
         )
-                config.optimizer.warmup_epochs = 3.0
+        config.optimizer.warmup_epochs = 3.0
 
         config.data.name = "digits"
         config.augment.scale = (0.8, 1.0)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that knows Orbax: checkpoints of the training state, the latest and the best."""
 
+import logging
 import os
+import re
+import sys
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,6 +18,16 @@ def top1(metrics: dict) -> float:
     return metrics["test_top1"]
 
 
+def hide_closed_loops(unraisable, otherwise=sys.unraisablehook) -> None:
+    """An unraisablehook without TensorStore's noise after a failed save.
+
+    What is left of that save reports to an event loop which Orbax has closed by then, a traceback
+    for every array, all around the one error that says what happened.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        otherwise(unraisable)
+
+
 class Checkpoints:
     """Numbered checkpoints under a folder. Saving runs in the background; a save is all or nothing.
 
@@ -24,6 +37,9 @@ class Checkpoints:
 
     def __init__(self, folder: str):
         self.folder = os.path.abspath(folder)
+        sys.unraisablehook = hide_closed_loops
+        # Orbax logs every part of a save, and what goes wrong with a traceback; it is raised, too.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
         # Without a policy for both, the best checkpoints would push out the latest one.
         keep = policies.AnyPreservationPolicy(
             [
@@ -70,7 +86,12 @@ class Checkpoints:
 
     def failed(self, error: Exception) -> InputError:
         """What the user has to know when a save fails."""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if system := re.search(
+            r"([^:]+) \[os_error_code", reason
+        ):  # within TensorStore's own words
+            reason = system[1].strip()
+        self.manager.reload()
         kept = "no checkpoint is complete yet"
         if self.latest is not None:
             kept = f"the checkpoint of step {self.latest} is complete"

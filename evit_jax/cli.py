@@ -2,10 +2,12 @@
 """Runs a program's main so that bad input ends in one line and a non-zero exit."""
 
 import re
+import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, logging
 
 from evit_jax.errors import InputError, check_name
 from evit_jax.recorder import flatten
@@ -14,43 +16,47 @@ from evit_jax.recorder import flatten
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, calls `main` and exits; errors of input and of files are one line."""
 
+    def parse(arguments: list[str]) -> list[str]:
+        guard(lambda: check_config(arguments[1:]))
+        return app.parse_flags_with_usage(arguments)
+
     def guarded(arguments: list[str]) -> None:
-        if len(arguments) > 1:
-            fail(
-                InputError(f"unexpected argument {arguments[1]!r}; fields are --config.NAME=VALUE")
-            )
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
-        try:
-            main()
-        except (InputError, OSError) as error:
-            fail(error)
+        logging.set_verbosity(logging.WARNING)
+        guard(lambda: check_nothing_left(arguments[1:]))
+        guard(main)
 
     app.run(guarded, flags_parser=parse)
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """absl's parser; what ml_collections raises for a wrong file or field becomes one line."""
+def guard(function: Callable[[], None]) -> None:
+    """Calls it; prints an error of the input or of a file on one line and exits with status 1."""
     try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError) as error:
-        check_fields(arguments)
-        raise error  # nothing we know of
+        function()
     except (InputError, OSError) as error:
-        fail(error)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
 
 
-def check_fields(arguments: list[str]) -> None:
-    """Fails with the closest field if an override names one that the configuration lacks."""
-    known = flatten(flags.FLAGS["config"].value.to_dict())
-    for argument in arguments:
-        if match := re.match(r"--(?:no)?config\.([^=]+)", argument):
-            try:
-                check_name("configuration field", match[1], known)
-            except InputError as error:
-                fail(error)
+def check_nothing_left(arguments: list[str]) -> None:
+    """Raises InputError for an argument that no flag took."""
+    if arguments:
+        raise InputError(f"unexpected argument {arguments[0]!r}; fields are --config.NAME=VALUE")
 
 
-def fail(error: Exception) -> None:
-    """Prints the error on one line of standard error and exits with status 1."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(1)
+def check_config(arguments: list[str]) -> None:
+    """Raises InputError where ml_collections would answer with a traceback.
+
+    That is a file that is not there, an argument behind its colon that it does not know, and a
+    field to override that it does not have; each names the closest there is.
+    """
+    given = [match[1] for text in arguments if (match := re.match(r"--config=(.*)", text))]
+    if not given:
+        return  # absl says that the flag is missing
+    name, _, argument = given[-1].partition(":")
+    if not Path(name).is_file():
+        check_name("config", name, map(str, Path(name).parent.glob("*.py")))
+    config = runpy.run_path(name)["get_config"](*([argument] if argument else []))
+    known = flatten(config.to_dict())
+    for text in arguments:
+        if match := re.match(r"--(?:no)?config\.([\w.]+)", text):
+            check_name("configuration field", match[1], known)

@@ -13,13 +13,18 @@ class InputError(ValueError):
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Returns `name` if it is among `known`, else raises InputError naming the closest one."""
+    """Returns `name` if it is among `known`, else raises InputError naming the closest one.
+
+    All of them are listed where they are few or none is close.
+    """
     known = sorted(known)
     if name in known:
         return name
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hints = [f"did you mean {close[0]!r}?"] if close else []
+    if len(known) <= 12 or not close:
+        hints.append(f"known: {', '.join(known)}")
+    raise InputError(f"unknown {kind} {name!r}; {' '.join(hints)}")
 
 
 def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ Batches are split over the mesh's one axis, the state is the same on every devic
 the sums over devices that this asks for. A step is an ordinary function of the whole batch.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,7 +31,8 @@ class DataParallel:
         if batch_size < 1 or batch_size % devices:
             near = max(round(batch_size / devices), 1) * devices
             raise InputError(
-                f"batch_size {batch_size} does not divide over {devices} devices; try {near}"
+                f"batch_size must be a positive multiple of the {devices} device(s), "
+                f"got {batch_size}; try {near}"
             )
 
     def init(self, function: Callable, *args):
@@ -45,15 +47,28 @@ class DataParallel:
 
     def compile_train(self, step: Callable) -> Callable:
         """(state, batch) -> (state, loss). The state passed in is given up."""
-        return jax.jit(
-            step,
-            in_shardings=(self.replicated, self.split),
-            out_shardings=self.replicated,
-            donate_argnums=0,
-        )
+        return self.compile(step, donate_argnums=0)
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> result on every device."""
-        return jax.jit(
-            step, in_shardings=(self.replicated, self.split), out_shardings=self.replicated
+        return self.compile(step)
+
+    def compile(self, step: Callable, **options) -> Callable:
+        """jit for (replicated, split over devices) -> replicated."""
+        compiled = jax.jit(
+            step,
+            in_shardings=(self.replicated, self.split),
+            out_shardings=self.replicated,
+            **options,
         )
+        if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "cpu":
+            return compiled
+
+        # Two programs in flight on virtual CPU devices can each hold the threads that the other's
+        # sums over devices wait for; XLA then aborts the process after a minute.
+        @functools.wraps(compiled)
+        def one_at_a_time(*args):
+            return jax.block_until_ready(compiled(*args))
+
+        one_at_a_time.lower = compiled.lower
+        return one_at_a_time

@@ -124,7 +124,7 @@ def line(figures: dict, total: int) -> str:
 def memory_table(state: dict, batch: dict, compiled, devices: int) -> str:
     """What a compiled training step needs on each device, by XLA's own account."""
     share = size_of(batch) / devices
-    rows = [["memory per device", "MiB"]]
+    rows = [[f"memory on each of {devices} {jax.default_backend()} device(s)", "MiB"]]
     rows.append(["parameters", f"{size_of(state['params']) / 2**20:,.1f}"])
     rows.append(["training state (with the parameters)", f"{size_of(state) / 2**20:,.1f}"])
     rows.append(["batch", f"{share / 2**20:,.1f}"])
@@ -135,11 +135,18 @@ def memory_table(state: dict, batch: dict, compiled, devices: int) -> str:
     return table(rows)
 
 
-def stage_table(model, stages) -> str:
-    """The keep-rate warm-up: from which step on each block has how many tokens."""
-    rows = [["from step", "keep rate", "tokens after each block", "GMACs"]]
+def stage_table(model, stages, *, steps_per_epoch: int) -> str:
+    """The keep-rate warm-up: from which epoch on each block has how many tokens."""
+    rows = [["from epoch", "keep rate", "tokens after each block", "GMACs"]]
     for step, keep_rate, keep in stages:
         stage = model.clone(keep=keep)
         rate = "" if keep_rate is None else f"{keep_rate:.3g}"
-        rows.append([str(step), rate, runs(stage.tokens_per_block), f"{macs(stage) / 1e9:.4g}"])
+        rows.append(
+            [
+                f"{step / steps_per_epoch:g}",
+                rate,
+                runs(stage.tokens_per_block),
+                f"{macs(stage) / 1e9:.4g}",
+            ]
+        )
     return table(rows)

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One session for all tests: four virtual CPU devices, and no silent broadcasting of ranks."""
+"""One session for all tests: four virtual CPU devices, strict ranks, programs compiled once."""
+
+import os
+import tempfile
 
 import jax
-import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-
-@pytest.fixture(autouse=True)
-def _strict_ranks():
-    jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same programs, in this process and in the ones they start.
+cache = tempfile.TemporaryDirectory(prefix="evit_jax_test_programs_")
+settings = dict(
+    jax_compilation_cache_dir=cache.name,
+    jax_persistent_cache_min_compile_time_secs=0,
+    jax_persistent_cache_min_entry_size_bytes=-1,
+)
+for name, value in settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)

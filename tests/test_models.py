@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,16 @@ PARAMETERS = {
 }
 
 
+def create(**settings):
+    """create_model("vit") with its parameters drawn in one compiled program."""
+    model = build_model("vit", **SMALL | settings)
+    return model, jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+
+
+def apply(model, params, images):
+    return jax.jit(lambda params, images: model.apply({"params": params}, images))(params, images)
+
+
 def shapes(model):
     return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
@@ -46,19 +57,19 @@ def test_every_named_model_has_a_count_above():
 
 
 def test_reducing_adds_no_parameters_and_shares_them_between_rates():
-    model, params = create_model("vit", keep_rate=0.5, **SMALL)
-    again, same = create_model("vit", keep_rate=0.9, reducer="random", **SMALL)
+    model, params = create(keep_rate=0.5)
+    again, same = create(keep_rate=0.9, reducer="random")
     jax.tree.map(np.testing.assert_array_equal, params, same)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     for variant in (model, again, model.clone(keep=model.plan(keep_rate=0.7))):
-        logits, _ = variant.apply({"params": params}, images)
+        logits, _ = apply(variant, params, images)
         assert np.isfinite(logits).all()
 
 
 def test_out_holds_owner_attention_and_tokens_of_every_block():
-    model, params = create_model("vit", keep_rate=0.5, **SMALL)
+    model, params = create(keep_rate=0.5)
     assert model.tokens_per_block == (17, 10, 7, 5)
-    logits, out = model.apply({"params": params}, jnp.ones((2, 32, 32, 3)))
+    logits, out = apply(model, params, jnp.ones((2, 32, 32, 3)))
     assert logits.shape == (2, 10)
     assert [owner.shape for owner in out["owner"]] == [(2, 16)] * 3
     assert [block.shape for block in out["blocks"]] == [(2, n, 32) for n in (17, 10, 7, 5)]
@@ -68,43 +79,32 @@ def test_out_holds_owner_attention_and_tokens_of_every_block():
 
 
 def test_images_need_not_be_square():
-    settings = SMALL | dict(image_size=(32, 64), patch_size=(8, 16))
-    model, params = create_model("vit", keep_rate=0.7, **settings)
+    model, params = create(keep_rate=0.7, image_size=(32, 64), patch_size=(8, 16))
     assert (model.grid, model.patches) == ((4, 4), 16)
-    logits, _ = model.apply({"params": params}, jnp.ones((1, 32, 64, 3)))
+    logits, _ = apply(model, params, jnp.ones((1, 32, 64, 3)))
     assert logits.shape == (1, 10)
 
 
 def test_a_patch_is_a_rectangle_of_its_image():
-    model, params = create_model("vit", **SMALL)
+    model, params = create()
     image = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
     kernel = params["patch_embed"]["kernel"].reshape(8, 8, 3, 32)
     convolved = jax.lax.conv_general_dilated(
         image, kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    flat = params | dict(pos_embed=jnp.zeros_like(params["pos_embed"]))
-    bound = model.bind({"params": flat})
-    embedded = nn_embed(bound, image)[:, 1:]
     expected = convolved.reshape(1, 16, 32) + params["patch_embed"]["bias"][None, None]
+    _, state = model.apply(
+        {"params": params}, image, capture_intermediates=lambda m, _: m.name == "patch_embed"
+    )
+    embedded = state["intermediates"]["patch_embed"]["__call__"][0]
     np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)
 
 
-def nn_embed(bound, image):
-    """The tokens that enter block 0: what its first norm is given."""
-    _, state = bound.unbind()[0].apply(
-        bound.variables,
-        image,
-        capture_intermediates=lambda module, _: module.name == "patch_embed",
-    )
-    patches = state["intermediates"]["patch_embed"]["__call__"][0]
-    return jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
-
-
 def test_the_distillation_token_is_never_reduced_and_has_its_own_head():
-    model, params = create_model("vit", keep_rate=0.5, distilled=True, **SMALL)
+    model, params = create(keep_rate=0.5, distilled=True)
     assert model.tokens_per_block == (18, 11, 8, 6)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    logits, out = model.apply({"params": params}, images)
+    logits, out = apply(model, params, images)
     np.testing.assert_allclose(logits, (out["logits_cls"] + out["logits_dist"]) / 2, rtol=1e-6)
     for name, token in (("head", 0), ("head_dist", 1)):
         kernel, bias = params[name]["kernel"], params[name]["bias"]
@@ -116,33 +116,34 @@ def test_the_distillation_token_is_never_reduced_and_has_its_own_head():
 
 
 def test_training_drops_paths_and_evaluation_does_not():
-    model, params = create_model("vit", drop_path_rate=0.5, dropout_rate=0.1, **SMALL)
+    model, params = create(drop_path_rate=0.5, dropout_rate=0.1)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
 
-    def apply(train, seed=0):
+    @functools.partial(jax.jit, static_argnames="train")
+    def logits(seed, train):
         rngs = {"dropout": jax.random.key(seed)}
         return model.apply({"params": params}, images, train=train, rngs=rngs)[0]
 
-    np.testing.assert_array_equal(apply(False, 0), apply(False, 1))
-    np.testing.assert_array_equal(apply(True, 0), apply(True, 0))
-    assert not np.allclose(apply(True, 0), apply(True, 1))
-    assert not np.allclose(apply(True, 0), apply(False, 0))
+    np.testing.assert_array_equal(logits(0, False), logits(1, False))
+    np.testing.assert_array_equal(logits(0, True), logits(0, True))
+    assert not np.allclose(logits(0, True), logits(1, True))
+    assert not np.allclose(logits(0, True), logits(0, False))
 
 
 def test_bfloat16_computes_in_it_and_answers_in_float32():
-    model, params = create_model("vit", keep_rate=0.7, dtype="bfloat16", **SMALL)
+    model, params = create(keep_rate=0.7, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-    logits, out = model.apply({"params": params}, images)
+    logits, out = apply(model, params, images)
     assert logits.dtype == jnp.float32
     assert {block.dtype for block in out["blocks"]} == {jnp.dtype("bfloat16")}
-    exact, _ = model.clone(dtype=jnp.float32).apply({"params": params}, images)
+    exact, _ = apply(model.clone(dtype=jnp.float32), params, images)
     # bfloat16 has 8 bits of mantissa, so a relative error of 2^-8 per operation is its nature.
     np.testing.assert_allclose(logits, exact, atol=0.03)
 
 
 def test_initial_weights_are_deits():
-    _, params = create_model("vit", **(SMALL | dict(width=256)))
+    _, params = create(width=256)
     block = params["blocks_0"]
     for kernel in (block["attn"]["qkv"], block["mlp"]["fc1"], params["head"]):
         assert float(kernel["kernel"].std()) == pytest.approx(0.02, rel=0.06)
@@ -190,9 +191,9 @@ def test_bad_settings_say_what_to_do(settings, text):
 
 
 def test_another_image_size_at_apply_is_one_clear_error():
-    model, params = create_model("vit", **SMALL)
+    model, params = create()
     with pytest.raises(InputError, match=r"takes images of shape \(B, 32, 32, 3\)"):
-        model.apply({"params": params}, jnp.ones((1, 40, 40, 3)))
+        apply(model, params, jnp.ones((1, 40, 40, 3)))
 
 
 def test_the_package_offers_create_model():

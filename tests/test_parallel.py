@@ -72,6 +72,6 @@ def test_the_state_is_given_up_so_that_its_memory_is_reused():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="batch_size 10 does not divide over 4 devices; try 8"):
+    with pytest.raises(InputError, match=r"multiple of the 4 device\(s\), got 10; try 8"):
         DataParallel().check_batch_size(10)
     DataParallel().check_batch_size(12)

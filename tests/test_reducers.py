@@ -92,7 +92,9 @@ def test_owner_says_where_every_patch_is(reducer, prefix):
         owned = np.bincount(owner[owner >= 0], minlength=twice.patches)
         np.testing.assert_array_equal(owned, twice.size[image, prefix:])
         # A token that stands for one patch is that patch.
-        alone = [patch for patch in range(PATCHES) if owner[patch] >= 0 and owned[owner[patch]] == 1]
+        alone = [
+            patch for patch in range(PATCHES) if owner[patch] >= 0 and owned[owner[patch]] == 1
+        ]
         assert alone
         for patch in alone:
             now, before = twice.x[image, prefix + owner[patch]], tokens.x[image, prefix + patch]

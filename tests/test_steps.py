@@ -14,7 +14,7 @@ from evit_jax.preprocessing import Preprocessing
 BATCH = 8
 CARD = Preprocessing()
 MODEL = build_model(
-    "vit", image_size=16, patch_size=4, width=16, depth=4, num_heads=2, num_classes=3,
+    "vit", image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3,
     keep_rate=0.5, drop_path_rate=0.2,
 )  # fmt: skip
 OPTIMIZER, _ = optim.create(
@@ -38,6 +38,7 @@ def make_step(model=MODEL, **changes):
     )
 
 
+@functools.partial(jax.jit, static_argnames="ema")
 def init(key, ema=False):
     return steps.init_state(init_params(MODEL, key), OPTIMIZER, ema=ema)
 
@@ -95,7 +96,7 @@ def test_the_average_is_evaluated_and_starts_short():
 def test_evaluation_leaves_padding_out():
     params = init(jax.random.key(0))["params"]
     batch = make_batch()
-    evaluate = functools.partial(steps.eval_step, model=MODEL, preprocessing=CARD)
+    evaluate = jax.jit(functools.partial(steps.eval_step, model=MODEL, preprocessing=CARD))
     half = {name: array[:5] for name, array in batch.items()} | dict(mask=np.ones(5, bool))
     masked = batch | dict(mask=np.arange(BATCH) < 5)
     jax.tree.map(

@@ -55,7 +55,7 @@ def source(split: str, folder: str) -> Tfds:
         )
     builder = tfds.builder_from_directory(prepared_folder(Path(folder).expanduser()))
     features = builder.info.features
-    if "image" not in features or not hasattr(features.get("label"), "names"):
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise InputError(f"{folder} is not image classification; it has {', '.join(features)}")
     file_format = builder.info.file_format
     if file_format is None or file_format.value not in ("array_record", "parquet"):

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from evit_jax.errors import InputError
+from evit_jax.recorder import Recorder, claim, flatten
+
+CONFIG = dict(seed=0, model=dict(keep_rate=0.7, layers=(1, 2)), run=dict(log_every=5))
+
+
+def record(workdir, step, *figures):
+    recorder = Recorder(workdir, step=step, total=100)
+    for figure in figures:
+        recorder.write(dict(epoch=0.5) | figure)
+    recorder.close()
+
+
+def steps_in(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
+
+
+def test_figures_go_to_json_lines_people_and_tensorboard(tmp_path, capsys):
+    record(tmp_path, 0, dict(step=10, train_loss=2.5, train_top1=0.125, keep_rate=0.7))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == dict(step=10, epoch=0.5, train_loss=2.5, train_top1=0.125, keep_rate=0.7)
+    text = capsys.readouterr().out
+    assert text == "step 10/100  epoch 0.5  loss 2.5000  top-1 12.5%  keep 0.7\n"
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_steps_taken_again_replace_their_lines(tmp_path):
+    record(tmp_path, 0, dict(step=10), dict(step=20), dict(step=30), dict(step=30, final=True))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4')  # killed while writing
+    record(tmp_path, 20, dict(step=30))
+    assert steps_in(tmp_path) == [10, 20, 30]
+    record(tmp_path, 30, dict(step=30, final=True))
+    record(tmp_path, 30, dict(step=30, final=True))
+    assert steps_in(tmp_path) == [10, 20, 30, 30]
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    recorder = Recorder(tmp_path, step=0, total=1, active=False)
+    recorder.write(dict(step=1, epoch=1))
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_workdir_belongs_to_one_recipe(tmp_path):
+    claim(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG | dict(run=dict(log_every=50)))  # no result depends on it
+    other = CONFIG | dict(model=dict(keep_rate=0.5, layers=(1, 2)))
+    with pytest.raises(InputError, match=r"model.keep_rate is 0.7 there and 0.5 here; use another"):
+        claim(tmp_path, other)
+
+
+def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"no config.json"):
+        claim(tmp_path, CONFIG)
+
+
+def test_flatten_names_nested_keys_with_dots():
+    assert flatten(CONFIG) == {
+        "seed": 0,
+        "model.keep_rate": 0.7,
+        "model.layers": (1, 2),
+        "run.log_every": 5,
+    }

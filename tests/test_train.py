@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train.py as people run it: every :debug config, killing and resuming, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from evit_jax.checkpoint import Checkpoints
+from tests.test_sources import jpeg, make_folder
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "--config=configs/digits.py:debug"
+LIMITED = ["sh", "-c", 'ulimit -f 150; exec "$@"', "sh"]  # files of 75 to 150 KB at most
+OFTEN = ["--config.run.checkpoint_every=0.2", "--config.run.log_every=7"]
+
+
+def start(*arguments, prefix=()):
+    environment = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    return subprocess.Popen(
+        [*prefix, sys.executable, "train.py", *map(str, arguments)],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def train(*arguments, prefix=()):
+    process = start(*arguments, prefix=prefix)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def figures(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def same_results(a, b):
+    """Everything recorded that is not a time."""
+
+    def untimed(lines):
+        skipped = ("images_per_second", "data_wait", "dense_images_per_second", "speedup")
+        return [{k: v for k, v in line.items() if k not in skipped} for line in lines]
+
+    assert untimed(figures(a)) == untimed(figures(b))
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "evit_deit_s"])
+def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
+    code, out, err = train(f"--config=configs/{name}.py:debug", f"--workdir={tmp_path}")
+    assert code == 0, err
+    assert "reduced over dense" in out
+    *_, final = lines = figures(tmp_path)
+    assert final["final"]
+    assert 0 < final["macs"] < final["dense_macs"]
+    assert final["images_per_second"] > 0
+    assert {"step", "epoch", "train_loss", "lr", "keep_rate", "images_per_second",
+            "data_wait"} <= lines[0].keys()  # fmt: skip
+    evaluations = [line for line in lines if "test_top1" in line]
+    assert {"step", "test_top1", "test_top5", "test_loss"} <= evaluations[0].keys()
+    assert (tmp_path / "checkpoints" / str(final["step"])).is_dir()
+    assert any((tmp_path / "tensorboard").iterdir())
+    if name == "evit_deit_s":  # three stages of the keep rate, three programs
+        assert out.count("compiled in") == 3
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    code, _, err = train(DIGITS, f"--workdir={workdir}", *OFTEN)
+    assert code == 0, err
+    return workdir
+
+
+def kill_when(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_path):
+    line = [DIGITS, f"--workdir={tmp_path}", *OFTEN]
+    checkpoints = tmp_path / "checkpoints"
+    # While a checkpoint is being written, and just after some later one.
+    kill_when(lambda: any(checkpoints.glob("*tmp*")), start(*line))
+    before = {path.name for path in checkpoints.iterdir() if path.name.isdigit()}
+    kill_when(
+        lambda: {path.name for path in checkpoints.iterdir() if path.name.isdigit()} - before,
+        start(*line),
+    )
+    code, out, err = train(*line)
+    assert code == 0, err
+    assert "going on from the checkpoint of step" in out
+    same_results(tmp_path, whole)
+    step = figures(whole)[-1]["step"]
+    assert Checkpoints(checkpoints).latest == Checkpoints(whole / "checkpoints").latest == step
+    ours, theirs = (
+        ocp.PyTreeCheckpointer().restore(path / "checkpoints" / str(step) / "state")
+        for path in (tmp_path, whole)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_finished_run_only_shows_its_result_again(whole):
+    before = figures(whole)
+    code, out, err = train(DIGITS, f"--workdir={whole}", *OFTEN)
+    assert code == 0, err
+    assert "reduced over dense" in out
+    assert "compiled" not in out
+    assert len(figures(whole)) == len(before)
+    assert figures(whole)[-1]["test_top1"] == before[-1]["test_top1"]
+
+
+def test_a_workdir_of_another_config_is_refused(whole):
+    before = sorted(whole.rglob("*"))
+    code, _, err = train(DIGITS, f"--workdir={whole}", "--config.model.keep_rate=0.5")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "model.keep_rate is 0.7 there and 0.5 here" in err
+    assert sorted(whole.rglob("*")) == before
+
+
+def test_a_broken_photo_stops_the_run_naming_it(tmp_path):
+    root = make_folder(tmp_path / "data", count=8)
+    (root / "train" / "dog" / "5.jpg").write_bytes(jpeg((1, 2, 3), size=(64, 64))[:500])
+    code, _, err = train(
+        "--config=configs/cifar10.py:debug", f"--workdir={tmp_path / 'run'}",
+        "--config.data.name=folder", f"--config.data.dir={root}", "--config.batch_size=8",
+    )  # fmt: skip
+    assert code == 1
+    assert "train/dog/5.jpg cannot be read as an image" in err
+    assert "Traceback" not in err
+
+
+def test_a_disk_that_is_full_or_read_only_is_one_clear_line(tmp_path):
+    # The kernel refuses to write further, as on a full disk.
+    code, _, err = train(DIGITS, f"--workdir={tmp_path / 'full'}", prefix=LIMITED)
+    assert code == 1
+    assert "error: could not save to" in err
+    assert "run the same line again" in err
+    assert "Traceback" not in err
+    (tmp_path / "file").write_text("")
+    code, _, err = train(DIGITS, f"--workdir={tmp_path / 'file' / 'run'}")
+    assert code == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
+    code, out, err = train(
+        DIGITS, f"--workdir={tmp_path / 'run'}", "--config.dry_run=True",
+        "--config.data.name=folder",
+    )  # fmt: skip
+    assert code == 0, err
+    for text in ("patch_embed", "tokens after each block", "GMACs", "training step"):
+        assert text in out
+    assert not (tmp_path / "run").exists()

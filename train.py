@@ -146,8 +146,11 @@ def main() -> None:
         return metrics.means(sums, "test")
 
     # ------------------------------------------------------------------------------------ training
-    eval_every = max(to_steps(config.run.eval_every), 1)
-    save_every = max(to_steps(config.run.checkpoint_every), 1)
+    def completes(step: int, epochs: float) -> bool:
+        """Whether this step ends a stretch of so many epochs, or the run."""
+        every = epochs * train_images / config.batch_size  # steps, not always a whole number
+        return step == total or (every > 0 and step // every > (step - 1) // every)
+
     train_batches = pipeline.train_batches(
         train_source,
         **config.augment,
@@ -178,8 +181,8 @@ def main() -> None:
             log.bar.update()
 
             logging = step % config.run.log_every == 0 or step == total
-            evaluating = step % eval_every == 0 or step == total
-            saving = step % save_every == 0 or step == total
+            evaluating = completes(step, config.run.eval_every)
+            saving = completes(step, config.run.checkpoint_every)
             if not (logging or evaluating or saving):
                 continue
             if not math.isfinite(loss):

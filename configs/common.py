@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.run = ConfigDict()  # may change when a run is resumed: no result depends on it
     config.run.test_batch_size = 256  # over all devices
     config.run.log_every = 50  # steps
-    config.run.eval_every = 1.0  # epochs
-    config.run.checkpoint_every = 1.0  # epochs
+    config.run.eval_every = 1.0  # epochs; 0: only at the end
+    config.run.checkpoint_every = 1.0  # epochs; 0: only at the end
     config.run.threads = 0  # that decode images; 0: one per processor
     return config.lock()

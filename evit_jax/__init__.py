@@ -3,6 +3,8 @@
 
 from evit_jax.errors import InputError
 from evit_jax.models import create_model
+from evit_jax.predict import preprocess
+from evit_jax.reducers import unmerge
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "create_model"]
+__all__ = ["InputError", "create_model", "preprocess", "unmerge"]

@@ -7,6 +7,7 @@ import re
 import sys
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from evit_jax.errors import InputError
@@ -76,6 +77,20 @@ class Checkpoints:
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self.manager.restore(self.latest, args=args)["state"]
+
+    def load(self) -> dict:
+        """The newest checkpoint as nested dicts of NumPy arrays, without knowing its structure.
+
+        Raises:
+          InputError: there is none.
+        """
+        if self.latest is None:
+            raise InputError(f"{self.folder} has no complete checkpoint")
+        folder = os.path.join(self.folder, str(self.latest), "state")
+        checkpointer = ocp.PyTreeCheckpointer()
+        item = checkpointer.metadata(folder).item_metadata.tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        return checkpointer.restore(folder, restore_args=numpy)
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises InputError if it could not be."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program's main so that bad input ends in one line and a non-zero exit."""
 
+import argparse
 import re
 import runpy
 import sys
@@ -26,6 +27,17 @@ def run(main: Callable[[], None]) -> None:
         guard(main)
 
     app.run(guarded, flags_parser=parse)
+
+
+class Parser(argparse.ArgumentParser):
+    """For the tools: --help is the module's docstring, bad arguments are like other bad input."""
+
+    def __init__(self, description: str):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help explains them")
 
 
 def guard(function: Callable[[], None]) -> None:

@@ -49,7 +49,7 @@ def example(prefix=1, seed=0, batch=BATCH, train=False):
 
 
 def count_to_keep(reducer, n, prefix):
-    return max(n * 2 // 3, reducer.smallest(n, prefix))
+    return max(n * 5 // 6, reducer.smallest(n, prefix))
 
 
 def reduce_twice(reducer, prefix, train=False):

@@ -77,7 +77,7 @@ def test_test_labels_follow_the_training_folders(tmp_path):
     make_folder(tmp_path, splits=("test",), classes=("c",))
     assert open_source("folder", "test", str(tmp_path)).labels == [2, 2, 2]
     make_folder(tmp_path / "test", splits=("new",), classes=("x",))
-    with pytest.raises(InputError, match=r"test/new is a class that the training folder lacks"):
+    with pytest.raises(InputError, match=r"test/new is not among the 3 known classes"):
         open_source("folder", "test", str(tmp_path))
 
 
@@ -86,7 +86,7 @@ def test_bad_folders_say_what_to_do(tmp_path):
         with pytest.raises(InputError, match=text):
             open_source("folder", "train", str(folder))
 
-    refused("", "needs --config.data.dir=FOLDER with")
+    refused("", "needs a folder with train/ and val/")
     refused(tmp_path / "none", "is not a folder")
     refused(tmp_path, "no folder train in it; it has nothing")
     (tmp_path / "train").mkdir()

@@ -107,8 +107,8 @@ def test_evaluation_leaves_padding_out():
 
 
 def test_one_program_is_compiled_per_stage():
-    stages = plan.stages(lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=4)
-    assert len(stages) == 5
+    stages = plan.stages(lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2)
+    assert len(stages) == 3
     traces = []
 
     def counted(state, batch, *, model):

@@ -24,11 +24,11 @@ def known_sources() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
 
 
-def open_source(name: str, split: str, folder: str = ""):
-    """Opens the split "train" or "test" of a data set.
+def open_source(name: str, split: str, folder: str = "", **options):
+    """Opens the split "train" or "test" of a data set; `options` are the data set's own.
 
     Raises:
       InputError: an unknown name, or nothing usable in the folder.
     """
     check_name("data set", name, known_sources())
-    return importlib.import_module(f"{sources.__name__}.{name}").source(split, folder)
+    return importlib.import_module(f"{sources.__name__}.{name}").source(split, folder, **options)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError, check_name, check_names
+from evit_jax.models import hub, weight_files
+from evit_jax.models.pretrained import params_from_tensors
 from evit_jax.preprocessing import Preprocessing
 from evit_jax.reducers import Reducer, create_reducer
 
@@ -70,12 +72,18 @@ def build_model(
     return model.clone(keep=keep)
 
 
-def create_model(name: str, *, seed: int = 0, **settings):
+def create_model(
+    name: str, *, weights: str | None = None, new_head: bool = False, seed: int = 0, **settings
+):
     """Builds a model and its parameters.
 
     Args:
       name: a backbone ("vit") or a variant ("deit_small_patch16_224").
-      seed: of the initial weights.
+      weights: a file of timm, DeiT, EViT (.safetensors, .pth) or vision_transformer (.npz), or
+        "hf:OWNER/REPOSITORY@COMMIT" on the Hugging Face hub; default freshly drawn. Position
+        embeddings of another image size are resized.
+      new_head: draw fresh heads where the file's are for another number of classes.
+      seed: of the freshly drawn weights.
       keep_rate: fraction of the patch tokens kept by each block in `layers`; default 1.
       layers: reducing blocks, 0-based; default the reducer's own (EViT: 3, 6, 9 of 12).
       keep_rates: one rate per block, instead of keep_rate and layers.
@@ -88,10 +96,27 @@ def create_model(name: str, *, seed: int = 0, **settings):
       differ only in keep rate or reducer share their parameters.
 
     Raises:
-      InputError: an unknown name or setting, or one out of range.
+      InputError: an unknown name or setting, one out of range, or weights that do not fit.
     """
     model = build_model(name, **settings)
-    return model, init_params(model, jax.random.key(seed))
+    key = jax.random.key(seed)
+    if weights is None:
+        return model, init_params(model, key)
+    return model, load_params(weights, model, key=key, new_head=new_head)
+
+
+def load_params(weights: str, model, *, key: jax.Array, new_head: bool = False) -> dict:
+    """Parameters for `model` from a file or the hub, see `create_model`."""
+    path = hub.download(weights) if weights.startswith("hf:") else weights
+    tensors = weight_files.read_tensors(path)
+    if new_head:
+        fresh = init_params(model, key)
+    else:  # only shapes are looked at
+        fresh = jax.eval_shape(lambda key: init_params(model, key), key)
+    try:
+        return params_from_tensors(tensors, model, fresh, new_head=new_head)
+    except InputError as error:
+        raise InputError(f"{weights}: {error}") from None
 
 
 def init_params(model, key: jax.Array) -> dict:

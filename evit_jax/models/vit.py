@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from evit_jax.errors import InputError
 from evit_jax.models.layers import Block, norm, weight_init
-from evit_jax.plan import Keep, token_counts, token_plan
+from evit_jax.plan import Keep, check_layers, token_counts, token_plan
 from evit_jax.preprocessing import IMAGENET, Preprocessing
 from evit_jax.reducers import Reducer, Tokens
 from evit_jax.reducers.evit import EViT
@@ -76,9 +76,15 @@ class ViT(nn.Module):
     def plan(
         self, *, keep_rate=None, layers=None, keep_rates=None, tokens=None, left: float = 0.0
     ) -> Keep:
-        """`plan.token_plan` for this model and its reducer; see there."""
+        """`plan.token_plan` for this model and its reducer; see there.
+
+        Without rates and counts it is the reducer's own schedule, as far as it has one.
+        """
         if layers is None and keep_rates is None:
             layers = self.reducer.default_layers(self.depth)
+        if keep_rate is None and keep_rates is None and tokens is None:
+            layers = check_layers(layers, self.depth)
+            tokens = self.reducer.schedule(self.patches, self.prefix, layers, self.depth)
         return token_plan(
             self.patches,
             self.depth,

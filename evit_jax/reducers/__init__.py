@@ -51,7 +51,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from evit_jax.errors import InputError, check_name, check_names
-from evit_jax.plan import quarter_layers
+from evit_jax.plan import Keep, quarter_layers
 from evit_jax.spec import parse_fields
 
 
@@ -111,6 +111,11 @@ class Reducer:
         del n, prefix
         return 1
 
+    def schedule(self, patches: int, prefix: int, layers: tuple[int, ...], depth: int) -> Keep:
+        """What each block keeps when the user names neither rates nor counts: everything."""
+        del patches, prefix, layers
+        return (None,) * depth
+
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks that reduce when the user names none."""
         return quarter_layers(depth)
@@ -155,6 +160,25 @@ def drop(tokens: Tokens, kept: jax.Array) -> Tokens:
         owner=follow(tokens.owner, destinations(kept, tokens.patches, rest=-1)),
         weight=None if tokens.weight is None else gather(tokens.weight),
     )
+
+
+def unmerge(x: jax.Array, owner: jax.Array, prefix: int = 1) -> jax.Array:
+    """Dense features back: every original patch gets the features of the token it now is in.
+
+    Exact for a patch that was kept; a patch that was merged or fused shares its token's features,
+    and one that was dropped gets zeros (`owner < 0` tells which).
+
+    Args:
+      x: (B, N, D) tokens, such as `out["blocks"][-1]`.
+      owner: (B, P) int32, such as `out["owner"][-1]`.
+      prefix: the model's number of prefix tokens.
+
+    Returns:
+      (B, P, D), patches in row-major order of `model.grid`.
+    """
+    index = jnp.maximum(owner, 0)[..., None] + prefix
+    features = jnp.take_along_axis(x, index, axis=1, mode="clip")
+    return jnp.where(owner[..., None] < 0, jnp.zeros((), x.dtype), features)
 
 
 def known_reducers() -> list[str]:

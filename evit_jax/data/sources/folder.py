@@ -20,7 +20,7 @@ class Folder:
         present = class_names(folder)
         unknown = sorted(set(present) - set(classes))
         if unknown:
-            raise InputError(f"{folder / unknown[0]} is a class that the training folder lacks")
+            raise InputError(f"{folder / unknown[0]} is not among the {len(classes)} known classes")
         for name in present:
             found = sorted(
                 os.path.join(parent, file)
@@ -53,19 +53,24 @@ def class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def source(split: str, folder: str) -> Folder:
-    """Labels are the sorted class folders of train/, for both splits."""
+def source(split: str, folder: str, classes: tuple[str, ...] | None = None) -> Folder:
+    """Labels are places in `classes`, by default the sorted class folders of train/.
+
+    For testing, `folder` may also be the one that holds the class folders themselves.
+    """
     if not folder:
         raise InputError(
-            "the data set 'folder' needs --config.data.dir=FOLDER with train/ and val/"
+            "the data set 'folder' needs a folder with train/ and val/: --config.data.dir=FOLDER"
         )
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder; data.dir is the one that holds train/ and val/")
+        raise InputError(f"{root} is not a folder; give the one that holds train/ and val/")
     names = ("train",) if split == "train" else TEST_NAMES
     found = [root / name for name in names if (root / name).is_dir()]
+    train = root / "train"
+    if not found and split == "test" and not train.is_dir():
+        found = [root]
     if not found:
         inside = ", ".join(sorted(entry.name for entry in os.scandir(root))[:5]) or "nothing"
         raise InputError(f"{root} has no folder {' or '.join(names)} in it; it has {inside}")
-    train = root / "train"
-    return Folder(found[0], class_names(train if train.is_dir() else found[0]))
+    return Folder(found[0], classes or class_names(train if train.is_dir() else found[0]))

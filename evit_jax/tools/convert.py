@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of any supported source -> timm's names as safetensors, for PyTorch or for us.
+
+python -m evit_jax.tools.convert FILE.pth|FILE.safetensors|FILE.npz OUT.safetensors
+python -m evit_jax.tools.convert WORKDIR OUT.safetensors     the newest checkpoint of a training run
+
+The last line of standard output is a JSON object with the figures.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from evit_jax import cli
+from evit_jax.checkpoint import Checkpoints
+from evit_jax.errors import InputError
+from evit_jax.models import build_model
+from evit_jax.models.pretrained import tensors_from_params, with_timm_names
+from evit_jax.models.weight_files import read_tensors, write_safetensors
+
+
+def from_workdir(workdir: Path) -> dict[str, np.ndarray]:
+    """What a run would evaluate: the averaged weights of its newest checkpoint, if it has any."""
+    if not (workdir / "config.json").is_file():
+        raise InputError(f"{workdir} is a folder but no training run: it has no config.json")
+    config = json.loads((workdir / "config.json").read_text())
+    state = Checkpoints(workdir / "checkpoints").load()
+    return tensors_from_params(state.get("ema", state["params"]), build_model(**config["model"]))
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("source", type=Path, help="weights, or the folder of a training run")
+    parser.add_argument("out", type=Path, help="the safetensors file to write")
+    flags = parser.parse_args()
+    if flags.out.suffix != ".safetensors":
+        raise InputError(f"{flags.out} should end in .safetensors, the format that is written")
+    if flags.source.is_dir():
+        tensors = from_workdir(flags.source)
+    else:
+        tensors = with_timm_names(read_tensors(flags.source))
+    tensors = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    write_safetensors(flags.out, tensors)
+    numbers = sum(array.size for array in tensors.values())
+    print(f"{len(tensors)} tensors, {numbers:,} numbers -> {flags.out}", file=sys.stderr)
+    print(json.dumps(dict(out=str(flags.out), tensors=len(tensors), numbers=numbers)))
+
+
+if __name__ == "__main__":
+    cli.guard(main)

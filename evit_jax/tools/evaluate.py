@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy and speed of one set of weights at several keep rates, over one pass of decoding.
+
+python -m evit_jax.tools.evaluate --model=deit_tiny_patch16_224 --weights=FILE --data=FOLDER \\
+    [--classes=FILE.json] [--keep_rate=1,0.7] [--reducer=evit | evit:fuse=False | tome:r=13]
+
+The standard protocol: shorter side to size / crop, centre crop, mean and std as the model's card
+says. FOLDER holds class folders, or val/ (or test/) with class folders, or a TFDS set prepared as
+ArrayRecord. Labels are the sorted folder names, or their places in --classes.
+The last line of standard output is a JSON object with a list `results`, an object per variant.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from evit_jax import cli, metrics, report, steps
+from evit_jax.data import open_source, pipeline
+from evit_jax.errors import InputError
+from evit_jax.models import create_model, preprocessing
+from evit_jax.parallel import DataParallel
+
+
+def arguments() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="name, as for create_model")
+    add("--weights", required=True, help="file, or hf:OWNER/REPOSITORY@COMMIT")
+    add("--data", required=True, help="folder of class folders, its parent, or a TFDS set")
+    add("--classes", help="JSON list of folder names in class order")
+    add("--keep_rate", default="", help="one or several, such as 1,0.7; default the reducer's own")
+    add("--layers", default="", help="reducing blocks, such as 3,6,9; default the reducer's own")
+    add("--reducer", default="evit", help="evit, evit:fuse=False, random, tome:r=13, ...")
+    add("--batch_size", type=int, default=50, help="images at a time, over all devices")
+    add("--dtype", default="float32", help="of the computation: float32 or bfloat16")
+    add("--image_size", default="", help="224 or 224,320; default the model's own")
+    add("--crop", type=float, help="fraction of the resized shorter side; default the model's card")
+    add("--interpolation", help="bicubic, bilinear, lanczos or nearest; default the model's card")
+    add("--threads", type=int, default=0, help="that decode; 0 is one per processor")
+    return parser.parse_args()
+
+
+def numbers(text: str, kind: type) -> tuple:
+    """ "1,0.7" -> (1.0, 0.7)."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part)
+    except ValueError:
+        raise InputError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def open_data(flags: argparse.Namespace):
+    """The images, with labels in the order of the model's classes."""
+    folder = Path(flags.data).expanduser()
+    prepared = folder.is_dir() and any(folder.glob("**/dataset_info.json"))
+    if prepared:
+        return open_source("tfds", "test", str(folder))
+    classes = read_classes(flags.classes) if flags.classes else None
+    return open_source("folder", "test", str(folder), classes=classes)
+
+
+def read_classes(file: str) -> tuple[str, ...]:
+    """A JSON list of strings."""
+    try:
+        classes = json.loads(Path(file).read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"{file} should be a JSON list of folder names in class order")
+    return tuple(classes)
+
+
+def main() -> None:
+    flags = arguments()
+    card = preprocessing(flags.model)
+    if flags.crop is not None and not 0 < flags.crop <= 1:
+        raise InputError(f"--crop is a fraction in (0, 1], got {flags.crop}")
+    changes = dict(crop=flags.crop, interpolation=flags.interpolation)
+    card = dataclasses.replace(card, **{k: v for k, v in changes.items() if v is not None})
+    devices = DataParallel()
+    devices.check_batch_size(flags.batch_size)
+    rates = numbers(flags.keep_rate, float) or (None,)
+    layers = numbers(flags.layers, int) or None
+
+    source = open_data(flags)
+    model, params = create_model(
+        flags.model,
+        weights=flags.weights,
+        reducer=flags.reducer,
+        dtype=flags.dtype,
+        image_size=numbers(flags.image_size, int) or None,
+    )
+    if len(source.classes) != model.num_classes:
+        raise InputError(
+            f"the data has {len(source.classes)} classes and the model {model.num_classes}; "
+            "--classes=FILE, a JSON list of all of the model's, says which folder is which"
+        )
+    params = devices.init(lambda: params)
+    variants = [model.clone(keep=model.plan(keep_rate=rate, layers=layers)) for rate in rates]
+    programs = [
+        devices.compile_eval(functools.partial(steps.eval_step, model=variant, preprocessing=card))
+        for variant in variants
+    ]
+
+    sums, seconds = [[] for _ in rates], [0.0 for _ in rates]
+    batches = pipeline.eval_batches(
+        source,
+        size=model.image_size,
+        crop=card.crop,
+        interpolation=card.interpolation,
+        batch_size=flags.batch_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        threads=flags.threads,
+    )
+    total = -(-len(source) // flags.batch_size)
+    with contextlib.closing(batches):
+        for number, batch in enumerate(tqdm(batches, total=total, unit="batch", disable=None)):
+            batch = devices.put(batch)
+            for i, program in enumerate(programs):
+                if number == 0:  # compiles and warms up
+                    jax.block_until_ready(program(params, batch))
+                start = time.perf_counter()
+                sums[i].append(jax.block_until_ready(program(params, batch)))
+                seconds[i] += time.perf_counter() - start
+
+    results, shown = [], [["keep rate", "tokens", "top-1", "top-5", "loss", "images/s"]]
+    for rate, variant, totals, spent in zip(rates, variants, sums, seconds, strict=True):
+        means = metrics.means(totals, "test")
+        speed = total * flags.batch_size / spent  # padding is computed too
+        results.append(
+            dict(
+                keep_rate=rate,
+                reducer=flags.reducer,
+                top1=means["test_top1"],
+                top5=means["test_top5"],
+                loss=means["test_loss"],
+                images=len(source),
+                images_per_second=speed,
+                tokens=variant.tokens_per_block,
+            )
+        )
+        shown.append(
+            [
+                flags.reducer if rate is None else f"{rate:g}",
+                report.runs(variant.tokens_per_block),
+                f"{100 * means['test_top1']:.2f} %",
+                f"{100 * means['test_top5']:.2f} %",
+                f"{means['test_loss']:.4f}",
+                f"{speed:,.0f}",
+            ]
+        )
+    print(report.table(shown), file=sys.stderr)
+    print(json.dumps(dict(model=flags.model, dtype=flags.dtype, results=results)))
+
+
+if __name__ == "__main__":
+    cli.guard(main)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluate and convert as people run them, and preprocessing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import evit_jax
+from evit_jax.data import open_source
+from evit_jax.data.augment import decode
+from evit_jax.errors import InputError
+from evit_jax.models import build_model, init_params
+from evit_jax.models.pretrained import tensors_from_params
+from evit_jax.tools.evaluate import numbers
+from tests.test_sources import make_folder
+
+ROOT = Path(__file__).parents[1]
+NAME = "deit_tiny_patch16_224"
+
+
+def tool(name, *arguments):
+    """Exit status, the JSON object of the last line of standard output, standard error."""
+    result = subprocess.run(
+        [sys.executable, "-m", f"evit_jax.tools.{name}", *map(str, arguments)],
+        cwd=ROOT, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    last = result.stdout.strip().rpartition("\n")[2]
+    return result.returncode, json.loads(last) if last else None, result.stderr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file for DeiT-Tiny at 32 pixels, two blocks' worth of noise larger than its init."""
+    model = build_model(NAME, image_size=32)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32), shapes)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(tensors_from_params(params, model), path)
+    return path
+
+
+def test_evaluate_counts_every_image_at_every_rate(weights, tmp_path):
+    root = make_folder(tmp_path / "data", splits=("val",), classes=("a", "b"), count=5)
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps(["x", "b", "y", "a", *map(str, range(996))]))
+    code, figures, err = tool(
+        "evaluate", f"--model={NAME}", f"--weights={weights}", f"--data={root}",
+        f"--classes={classes}", "--keep_rate=1,0.7", "--batch_size=4", "--image_size=32",
+    )  # fmt: skip
+    assert code == 0, err
+    dense, reduced = figures["results"]
+    assert (dense["keep_rate"], reduced["keep_rate"]) == (1, 0.7)
+    assert dense["images"] == reduced["images"] == 10
+    assert (dense["tokens"][-1], reduced["tokens"]) == (5, [5] * 3 + [5] * 3 + [5] * 6)
+    assert dense["images_per_second"] > 0
+
+    # The same by hand, from Python.
+    model, params = evit_jax.create_model(NAME, weights=str(weights), image_size=32)
+    files = sorted((root / "val").glob("*/*.jpg"))
+    images = evit_jax.preprocess(NAME, files, size=(32, 32))
+    logits, _ = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    labels = np.array([3] * 5 + [1] * 5)
+    loss = -jax.nn.log_softmax(logits)[np.arange(10), labels].mean()
+    assert dense["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert dense["top1"] == np.mean(np.argmax(logits, axis=1) == labels)
+    best = np.argsort(-np.asarray(logits), axis=1)[:, :5]
+    assert dense["top5"] == np.mean([label in row for label, row in zip(labels, best, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (["--keep_rate=70"], "did you mean 0.7?"),
+        (["--keep_rate=a"], "expected numbers"),
+        (["--reducer=evti"], "did you mean 'evit'?"),
+        (["--data=/nowhere"], "/nowhere is not a folder"),
+        (["--classes="], "the data has 2 classes and the model 1000; --classes=FILE"),
+        (["--crop=2"], "--crop is a fraction in (0, 1]"),
+    ],
+)
+def test_evaluate_answers_bad_input_in_one_line(changes, text, weights, tmp_path):
+    root = make_folder(tmp_path, splits=("val",))
+    classes = tmp_path / "classes.json"
+    classes.write_text(json.dumps(["cat", "dog", *map(str, range(998))]))
+    code, _, err = tool(
+        "evaluate", f"--model={NAME}", f"--weights={weights}", f"--data={root}",
+        "--image_size=32", f"--classes={classes}", *changes,
+    )  # fmt: skip
+    assert code == 1
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_of_class_folders_is_data_too(tmp_path):
+    root = make_folder(tmp_path, splits=("photos",), classes=("a", "b"))
+    assert len(open_source("folder", "test", str(root / "photos"))) == 6
+    source = open_source("folder", "test", str(root / "photos"), classes=("b", "c", "a"))
+    assert source.labels == [2, 2, 2, 0, 0, 0]
+    with pytest.raises(InputError, match="photos/b is not among the 1 known classes"):
+        open_source("folder", "test", str(root / "photos"), classes=("a",))
+
+
+def test_convert_writes_timm_names_and_the_same_numbers(weights, tmp_path):
+    out = tmp_path / "out.safetensors"
+    code, figures, err = tool("convert", weights, out)
+    assert code == 0, err
+    before, after = load_file(weights), load_file(out)
+    assert figures == dict(out=str(out), tensors=152, numbers=sum(a.size for a in after.values()))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+def test_convert_takes_the_newest_weights_of_a_training_run(tmp_path):
+    line = ["--config=configs/digits.py:debug", f"--workdir={tmp_path / 'run'}",
+            "--config.epochs=0.1", "--config.ema_decay=0.9"]  # fmt: skip
+    subprocess.run([sys.executable, "train.py", *line], cwd=ROOT, check=True, capture_output=True)
+    code, figures, err = tool("convert", tmp_path / "run", tmp_path / "out.safetensors")
+    assert code == 0, err
+    assert figures["numbers"] == 54_890
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"].pop("name")
+    model, params = evit_jax.create_model(
+        "vit", weights=str(tmp_path / "out.safetensors"), **config["model"]
+    )
+    digits = open_source("digits", "test")
+    images = evit_jax.preprocess("vit", [digits[i]["image"] for i in range(359)], size=(32, 32))
+    logits, _ = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    top1 = np.mean(np.argmax(logits, axis=1) == np.array(digits.labels))
+    assert top1 == pytest.approx(final["test_top1"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "text"),
+    [
+        ("nothing.pth", "out.safetensors", "nothing.pth"),
+        (".", "out.safetensors", "no training run"),
+        ("nothing.pth", "out.bin", "should end in .safetensors"),
+    ],
+)
+def test_convert_answers_bad_input_in_one_line(source, out, text, tmp_path):
+    code, _, err = tool("convert", tmp_path / source, tmp_path / out)
+    assert code == 1
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_preprocessing_is_the_evaluation_view(tmp_path):
+    path = tmp_path / "x.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    one, two = evit_jax.preprocess(NAME, [path, pixels])
+    np.testing.assert_array_equal(one, two)
+    assert one.shape == (224, 224, 3)
+    assert one.dtype == jnp.float32
+    resized = decode(pixels, "x").resize((341, 256), Image.Resampling.BICUBIC)
+    cropped = np.asarray(resized.crop((58, 16, 282, 240)), np.float32) / 255
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(one, (cropped - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_preprocessing_names_what_it_cannot_read(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jpg is not a file"):
+        evit_jax.preprocess(NAME, [tmp_path / "none.jpg"])
+    with pytest.raises(InputError, match="no images"):
+        evit_jax.preprocess(NAME, [])
+
+
+def test_lists_of_numbers():
+    assert numbers("1,0.7", float) == (1.0, 0.7)
+    assert numbers("", int) == ()

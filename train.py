@@ -24,6 +24,7 @@ from evit_jax.errors import InputError
 from evit_jax.flops import macs
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.parallel import DataParallel
+from evit_jax.ranges import check_ranges
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and events")
@@ -32,6 +33,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     config = CONFIG.value
+    check_ranges(recorder.flatten(config.to_dict()))
     host, hosts = jax.process_index(), jax.process_count()
 
     # ------------------------------------------------------------------------------ devices, model
@@ -63,9 +65,10 @@ def main() -> None:
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
     rates = {name: config.model[name] for name in ("keep_rate", "layers", "keep_rates", "tokens")}
+    any_rate = rates["keep_rates"] or rates["keep_rate"]  # else counts, or the reducer's schedule
     stages = plan.stages(
         lambda left: model.plan(**rates, left=left),
-        None if rates["tokens"] else min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]),
+        min(rates["keep_rates"] or [rates["keep_rate"]]) if any_rate else None,
         start=to_steps(config.keep_warmup.start_epoch),
         length=to_steps(config.keep_warmup.epochs),
         rungs=config.keep_warmup.rungs,
@@ -159,7 +162,7 @@ def main() -> None:
         start=first,
         **view,
     )
-    stage, last_loss, clock = None, 0.0, timing.Clock()
+    stage, last_loss, scores, clock = None, 0.0, None, timing.Clock()
     with contextlib.closing(train_batches):
         for step in range(first + 1, total + 1):
             with clock.waiting():
@@ -187,8 +190,9 @@ def main() -> None:
                 continue
             if not math.isfinite(loss):
                 raise InputError(
-                    f"the loss is {float(loss)} at step {step}; the checkpoint of step "
-                    f"{checkpoints.latest} is intact; lower optimizer.lr or set optimizer.clip_norm"
+                    f"the loss is {float(loss)} at step {step} (latest checkpoint: step "
+                    f"{checkpoints.latest}); start again in another workdir with a lower "
+                    "--config.optimizer.lr or with --config.optimizer.clip_norm=1"
                 )
             figures = dict(step=step, epoch=step * config.batch_size / train_images)
             if logging:
@@ -197,7 +201,7 @@ def main() -> None:
                 log.write(figures | means | now | clock.read())
                 state["metrics"] = devices.init(metrics.zeros)
             with clock.paused():
-                scores = None
+                scores = None  # those of the last step are the result's
                 if evaluating:
                     scores = evaluate(model)
                     log.write(figures | scores)
@@ -207,7 +211,7 @@ def main() -> None:
 
     # ------------------------------------------------ the result, beside the same weights run dense
     variants = {"dense": dense}
-    if model.tokens_per_block != dense.tokens_per_block:
+    if any(keep is not None for keep in model.keep):
         variants = {"reduced": model, "dense": dense}
     with test_batches() as batches:
         batch = devices.put(next(batches))
@@ -217,7 +221,7 @@ def main() -> None:
     )
     rows = {
         name: dict(tokens=variant.tokens_per_block, macs=macs(variant))
-        | evaluate(variant)
+        | (scores if scores and variant is model else evaluate(variant))
         | dict(images_per_second=(config.run.test_batch_size / seconds[name]).tolist())
         for name, variant in variants.items()
     }

@@ -31,9 +31,10 @@ def get_config() -> ConfigDict:
     config.model.name = "deit_small_patch16_224"  # a variant, or a backbone ("vit") with settings
     config.model.keep_rate = placeholder(float)  # of the patch tokens, at each of `layers`
     config.model.layers = placeholder(tuple)  # 0-based; None: the reducer's own
-    config.model.keep_rates = placeholder(tuple)  # one per block, instead of the two above
-    config.model.tokens = placeholder(tuple)  # counts instead of rates, per layer or per block
-    config.model.reducer = "evit"  # "evit:fuse=False" drops, "random" is the baseline
+    # Instead of keep_rate, which --config=FILE.py:keep_rate=None unsets:
+    config.model.keep_rates = placeholder(tuple)  # one rate per block
+    config.model.tokens = placeholder(tuple)  # counts, per layer or per block
+    config.model.reducer = "evit"  # or evit:fuse=False, random, tome:r=13 (without keep_rate)
     config.model.num_classes = 1000
     config.model.image_size = placeholder(tuple)  # 240 or (height, width); None: its own
     config.model.drop_path_rate = 0.0  # stochastic depth of the last block, linear from the first

@@ -23,7 +23,7 @@ def get_config(text: str = ""):
             num_heads=4,
             num_classes=10,
             keep_rate=chosen["keep_rate"],
-            layers=(1, 2, 3),
+            layers=(1, 2, 3) if chosen["keep_rate"] else None,
         )
         config.optimizer.warmup_epochs = 3.0
 
@@ -38,5 +38,5 @@ def get_config(text: str = ""):
 
         if chosen["debug"]:
             config.epochs = 2.0
-            config.model.update(width=32, depth=4, layers=(1, 2))
+            config.model.update(width=32, depth=4, layers=(1, 2) if chosen["keep_rate"] else None)
     return config

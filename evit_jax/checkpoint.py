@@ -36,8 +36,11 @@ class Checkpoints:
     process, the last finished checkpoint stays intact.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, *, read_only: bool = False):
+        """Opens or makes the folder; `read_only` leaves a run that is writing there alone."""
         self.folder = os.path.abspath(folder)
+        if read_only and not os.path.isdir(self.folder):
+            raise InputError(f"{self.folder} does not exist")
         sys.unraisablehook = hide_closed_loops
         # Orbax logs every part of a save, and what goes wrong with a traceback; it is raised, too.
         logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -49,7 +52,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=top1, preservation_policy=keep, cleanup_tmp_directories=True, create=True
+            best_fn=top1,
+            preservation_policy=keep,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 

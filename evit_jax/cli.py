@@ -61,7 +61,8 @@ def check_config(arguments: list[str]) -> None:
     That is a file that is not there, an argument behind its colon that it does not know, and a
     field to override that it does not have; each names the closest there is.
     """
-    given = [match[1] for text in arguments if (match := re.match(r"--config=(.*)", text))]
+    line = re.sub(r"(^|\n)--?(config)\n", r"\1--\2=", "\n".join(arguments))  # --config FILE
+    given = re.findall(r"(?:^|\n)--?config=(.*)", line)
     if not given:
         return  # absl says that the flag is missing
     name, _, argument = given[-1].partition(":")
@@ -70,5 +71,5 @@ def check_config(arguments: list[str]) -> None:
     config = runpy.run_path(name)["get_config"](*([argument] if argument else []))
     known = flatten(config.to_dict())
     for text in arguments:
-        if match := re.match(r"--(?:no)?config\.([\w.]+)", text):
+        if match := re.match(r"--?(?:no)?config\.([\w.]+)", text):
             check_name("configuration field", match[1], known)

@@ -49,7 +49,7 @@ def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
         )
     if len(set(layers)) < len(layers):
         raise InputError(f"layers must not repeat a block, got {layers}")
-    return layers
+    return tuple(sorted(layers))
 
 
 def block_rates(
@@ -65,7 +65,14 @@ def block_rates(
     """
     if keep_rates is not None:
         if keep_rate is not None or layers is not None:
-            raise InputError("give keep_rates (one per block), or keep_rate with layers, not both")
+            raise InputError(
+                "give keep_rates (one per block), or keep_rate with layers, not both; "
+                "--config=FILE.py:keep_rate=None unsets a configuration's"
+            )
+        if not isinstance(keep_rates, Sequence):
+            raise InputError(
+                f"keep_rates needs one rate per block, {depth} of them, got one number"
+            )
         if len(keep_rates) != depth:
             raise InputError(
                 f"keep_rates needs one rate per block: {depth} of them, got {len(keep_rates)}"
@@ -83,7 +90,7 @@ def block_tokens(
     layers = check_layers(quarter_layers(depth) if layers is None else layers, depth)
     counts = [tokens] if isinstance(tokens, (int, float)) else list(tokens)
     counts = counts * len(layers) if len(counts) == 1 else counts
-    if len(counts) == len(layers):
+    if len(counts) == len(layers) < depth:
         at = dict(zip(layers, counts, strict=True))
         counts = [at.get(block) for block in range(depth)]
     if len(counts) != depth:
@@ -131,7 +138,10 @@ def token_plan(
     """
     if tokens is not None:
         if keep_rate is not None or keep_rates is not None:
-            raise InputError("give tokens (absolute counts) or keep rates, not both")
+            raise InputError(
+                "give tokens (absolute counts) or keep rates, not both; "
+                "--config=FILE.py:keep_rate=None unsets a configuration's"
+            )
         wanted = block_tokens(depth, tokens, layers)
         rates = (1.0,) * depth
     else:
@@ -141,13 +151,13 @@ def token_plan(
     for block, (count, rate) in enumerate(zip(wanted, rates, strict=True)):
         if count is None:
             count = max(math.ceil(min(1.0, rate + (1 - rate) * left) * n), smallest(n))
+        if wanted[block] is not None and left:  # on the way to counts that were checked without
+            count = min(max(count + math.ceil((n - count) * left), smallest(n)), n)
         if not smallest(n) <= count <= n:
             raise InputError(
                 f"block {block} has {n} patch tokens and can keep {smallest(n)} to {n} of them, "
                 f"got tokens={count}"
             )
-        if wanted[block] is not None:
-            count += math.ceil((n - count) * left)
         keep.append(count if count < n else None)
         n = count + extra if count < n else n
     return tuple(keep)

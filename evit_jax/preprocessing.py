@@ -6,6 +6,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from evit_jax.errors import InputError, check_name
+
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
@@ -17,6 +20,11 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     crop: float = 1.0  # evaluation: side of the centre crop over the resized shorter side
     interpolation: str = "bicubic"  # "bicubic", "bilinear", "nearest" or "lanczos", antialiased
+
+    def __post_init__(self):
+        check_name("interpolation", self.interpolation, INTERPOLATIONS)
+        if not 0 < self.crop <= 1:
+            raise InputError(f"crop is a fraction in (0, 1], got {self.crop}")
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """(..., 3) uint8 RGB -> float32 with the model's mean and standard deviation."""

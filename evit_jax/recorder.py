@@ -42,13 +42,19 @@ def claim(workdir: Path, config: dict) -> None:
             raise InputError(f"{workdir} has checkpoints but no config.json; use another workdir")
         write_whole(path, json.dumps(config, indent=2) + "\n")
         return
-    there, here = flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(config)))
+    try:
+        there = flatten(json.loads(path.read_text()))
+    except ValueError:
+        raise InputError(f"{path} is damaged; use another workdir, or remove that file") from None
+    here = flatten(json.loads(json.dumps(config)))
     differences = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in sorted(there | here)
         if there.get(key) != here.get(key) and not key.startswith(FREE)
     ]
-    if differences:
+    if not any(saved.name.isdigit() for saved in (workdir / "checkpoints").glob("*")):
+        write_whole(path, json.dumps(config, indent=2) + "\n")  # nothing to lose yet
+    elif differences:
         raise InputError(
             f"{workdir} belongs to a run with another configuration: {'; '.join(differences)}; "
             "use another --workdir, or the same settings to resume"

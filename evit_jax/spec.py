@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings written in one word: "keep_rate=0.5,debug" and "evit:fuse=False"."""
 
+WORDS = {"True": True, "False": False, "None": None}
 
-def parse_fields(text: str) -> dict[str, bool | int | float | str]:
+
+def parse_fields(text: str) -> dict[str, bool | int | float | str | None]:
     """ "r=13,fuse=False,debug" -> {"r": 13, "fuse": False, "debug": True}."""
     return dict(parse_field(item.strip()) for item in text.split(",") if item.strip())
 
 
-def parse_field(item: str) -> tuple[str, bool | int | float | str]:
-    """One of them; whole numbers, numbers and True or False are recognised."""
+def parse_field(item: str) -> tuple[str, bool | int | float | str | None]:
+    """One of them; whole numbers, numbers, True, False and None are recognised."""
     name, equals, text = item.partition("=")
     if not equals:
         return name, True
-    for convert in ({"True": True, "False": False}.__getitem__, int, float):
+    for convert in (WORDS.__getitem__, int, float):
         try:
             return name, convert(text)
         except (KeyError, ValueError):

@@ -64,6 +64,20 @@ def test_what_a_killed_save_left_behind_is_no_hindrance(tmp_path):
     same(checkpoints.restore(state_of(0)), state_of(2))
 
 
+def test_reading_leaves_a_running_save_alone(tmp_path):
+    running = Checkpoints(tmp_path)
+    running.save(1, state_of(1))
+    running.wait()
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    loaded = Checkpoints(tmp_path, read_only=True).load()
+    np.testing.assert_array_equal(loaded["params"]["a"], state_of(1)["params"]["a"])
+    assert unfinished.exists()
+    with pytest.raises(InputError, match="does not exist"):
+        Checkpoints(tmp_path / "none", read_only=True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_failed_save_says_what_is_safe(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1))

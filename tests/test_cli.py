@@ -15,6 +15,7 @@ CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'digits.py'}"
         ([CONFIG, "--config.model.keeprate=0.5"], "did you mean 'model.keep_rate'?"),
         ([CONFIG, "--config.lr=1"], "unknown configuration field 'lr'"),
         ([CONFIG, "--noconfig.augment.flipp"], "did you mean 'augment.flip'?"),
+        (["--config", CONFIG[9:], "--config.lr=1"], "unknown configuration field 'lr'"),
         ([CONFIG + ":debgu"], "did you mean 'debug'?"),
         ([CONFIG.replace("digits", "digit")], "digits.py'?"),
     ],

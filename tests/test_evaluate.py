@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import evit_jax
+from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source
 from evit_jax.data.augment import decode
 from evit_jax.errors import InputError
@@ -84,7 +85,8 @@ def test_evaluate_counts_every_image_at_every_rate(weights, tmp_path):
         (["--reducer=evti"], "did you mean 'evit'?"),
         (["--data=/nowhere"], "/nowhere is not a folder"),
         (["--classes="], "the data has 2 classes and the model 1000; --classes=FILE"),
-        (["--crop=2"], "--crop is a fraction in (0, 1]"),
+        (["--interpolation=cubic"], "did you mean 'bicubic'?"),
+        (["--crop=2"], "crop is a fraction in (0, 1]"),
     ],
 )
 def test_evaluate_answers_bad_input_in_one_line(changes, text, weights, tmp_path):
@@ -135,6 +137,9 @@ def test_convert_takes_the_newest_weights_of_a_training_run(tmp_path):
     digits = open_source("digits", "test")
     images = evit_jax.preprocess("vit", [digits[i]["image"] for i in range(359)], size=(32, 32))
     logits, _ = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    # What was evaluated are the averaged weights, and so are what is written.
+    averaged = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).load()["ema"]
+    jax.tree.map(np.testing.assert_array_equal, params, averaged)
     final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     top1 = np.mean(np.argmax(logits, axis=1) == np.array(digits.labels))
     assert top1 == pytest.approx(final["test_top1"], abs=1e-6)
@@ -167,6 +172,14 @@ def test_preprocessing_is_the_evaluation_view(tmp_path):
     cropped = np.asarray(resized.crop((58, 16, 282, 240)), np.float32) / 255
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     np.testing.assert_allclose(one, (cropped - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_preprocessing_takes_one_image_and_the_models_own_size():
+    pixels = np.zeros((40, 50, 3), np.uint8)
+    assert evit_jax.preprocess("deit_base_patch16_384", pixels).shape == (1, 384, 384, 3)
+    assert evit_jax.preprocess("vit", [pixels, pixels], size=48).shape == (2, 48, 48, 3)
+    with pytest.raises(InputError, match="must be a path or a uint8 array"):
+        evit_jax.preprocess(NAME, pixels / 255)
 
 
 def test_preprocessing_names_what_it_cannot_read(tmp_path):

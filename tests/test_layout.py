@@ -17,6 +17,7 @@ ALLOWED = {
     "metrics": set(),
     "optim": set(),
     "timing": set(),
+    "ranges": set(),
     "preprocessing": set(),
     "data": set(),
     "parallel": set(),

@@ -180,6 +180,9 @@ def test_normalising_maps_the_mean_to_zero():
         (dict(name="vit", image_size=0), "positive whole number"),
         (dict(name="vit", keep_rate=70), "did you mean 0.7?"),
         (dict(name="vit", reducer="evitt"), "did you mean 'evit'?"),
+        (dict(name="vit", num_heads=0), "num_heads must be a whole number from 1 up"),
+        (dict(name="vit", dropout_rate=1), "must be in [0, 1)"),
+        (dict(name="vit", keep_rates=0.7), "got one number"),
         (dict(name="vit", num_heads=7), "does not divide into 7 heads"),
         (dict(name="vit", dtype="float8"), "unknown dtype 'float8'"),
     ],
@@ -194,6 +197,19 @@ def test_another_image_size_at_apply_is_one_clear_error():
     model, params = create()
     with pytest.raises(InputError, match=r"takes images of shape \(B, 32, 32, 3\)"):
         apply(model, params, jnp.ones((1, 40, 40, 3)))
+
+
+def test_a_plan_of_another_depth_is_refused():
+    model, params = create()
+    with pytest.raises(InputError, match="keep needs one entry per block, 4, got 1"):
+        apply(model.clone(keep=(5,)), params, jnp.ones((1, 32, 32, 3)))
+
+
+def test_training_without_dropout_needs_no_random_key():
+    model, params = create(keep_rate=0.5)
+    images = jnp.ones((1, 32, 32, 3))
+    logits, _ = jax.jit(lambda p: model.apply({"params": p}, images, train=True))(params)
+    np.testing.assert_array_equal(logits, apply(model, params, images)[0])
 
 
 def test_the_package_offers_create_model():

@@ -52,9 +52,23 @@ def test_a_workdir_belongs_to_one_recipe(tmp_path):
     claim(tmp_path, CONFIG)
     claim(tmp_path, CONFIG)
     claim(tmp_path, CONFIG | dict(run=dict(log_every=50)))  # no result depends on it
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     other = CONFIG | dict(model=dict(keep_rate=0.5, layers=(1, 2)))
     with pytest.raises(InputError, match=r"model.keep_rate is 0.7 there and 0.5 here; use another"):
         claim(tmp_path, other)
+
+
+def test_a_recipe_may_change_until_something_is_saved(tmp_path):
+    claim(tmp_path, CONFIG)
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    claim(tmp_path, CONFIG | dict(seed=1))
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json is damaged"):
+        claim(tmp_path, CONFIG)
 
 
 def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path):

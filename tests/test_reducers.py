@@ -140,6 +140,21 @@ def test_each_image_is_treated_alone(reducer):
 
 
 @every_reducer
+def test_weights_stay_with_their_tokens(reducer):
+    tokens, signals = example()
+    weight = jnp.tile(1.0 + jnp.arange(1.0 + PATCHES), (BATCH, 1))
+    after = reducer(tokens.replace(weight=weight), signals, 10)
+    assert after.weight.shape == after.size.shape
+    if getattr(reducer, "proportional", False):
+        np.testing.assert_array_equal(after.weight, after.size)
+        return
+    for image in range(BATCH):
+        for patch, owner in enumerate(np.asarray(after.owner[image])):
+            if owner >= 0 and after.size[image, 1 + owner] == 1:
+                assert after.weight[image, 1 + owner] == weight[image, 1 + patch]
+
+
+@every_reducer
 def test_keeping_everything_is_the_dense_model_to_the_last_bit(reducer):
     sizes = dict(image_size=16, patch_size=4, width=16, depth=4, num_heads=2, num_classes=3)
     dense = build_model("vit", **sizes)
@@ -226,5 +241,10 @@ def test_specs_are_words_or_dicts():
         create_reducer("evti")
     with pytest.raises(InputError, match="unknown field of evit 'fused'; did you mean 'fuse'"):
         create_reducer("evit:fused=False")
+    with pytest.raises(InputError, match="evit's fuse must be of type bool, got 'no'"):
+        create_reducer("evit:fuse=no")
+    with pytest.raises(InputError, match=r"tome's r must be of type int or tuple, got 4\.5"):
+        create_reducer("tome:r=4.5")
+    assert hash(create_reducer(dict(name="tome", r=[3, 1]))) is not None
     with pytest.raises(InputError, match="needs a name"):
         create_reducer(dict(fuse=False))

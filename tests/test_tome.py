@@ -6,6 +6,7 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
+from evit_jax.plan import stages
 from evit_jax.reducers import Signals, Tokens, create_reducer, unmerge
 from tests.test_reducers import BATCH, PATCHES, example
 
@@ -85,10 +86,33 @@ def test_schedules_are_constant_linear_or_a_list():
     assert counts("tome") == (197,) * 12
 
 
-def test_rates_and_counts_come_before_the_schedule():
-    assert counts("tome:r=8", depth=2, keep_rate=0.75) == (148, 112)
-    assert counts("tome:r=8", depth=2, keep_rate=1) == (197, 197)
+def test_rates_and_counts_replace_a_schedule():
+    assert counts("tome", depth=2, keep_rate=0.75) == (148, 112)
+    assert counts("tome:r=8", depth=2, keep_rate=1) == (197, 197)  # the dense model beside it
+    for settings in (dict(keep_rate=0.7), dict(tokens=(150, 120)), dict(keep_rates=(1, 0.7))):
+        with pytest.raises(InputError, match="has a schedule of its own"):
+            counts("tome:r=8", depth=2, **settings)
     assert counts("tome", depth=2, keep_rate=0.1) == (99, 50)  # halving is the most
+
+
+def test_a_schedule_can_be_warmed_up():
+    model = build_model("vit", reducer="tome:r=16")
+    table = stages(lambda left: model.plan(left=left), None, length=100, rungs=4)
+    assert table[0].keep == (None,) * 12
+    assert table[-1].keep == model.keep
+    last = [model.clone(keep=stage.keep).tokens_per_block[-1] for stage in table]
+    assert last == sorted(last, reverse=True)
+
+
+def test_layers_may_be_given_in_any_order():
+    assert counts("tome:r=8", depth=4, layers=(3, 1, 2, 0)) == counts("tome:r=8", depth=4)
+
+
+def test_keys_of_zeros_merge_no_prefix():
+    tokens, signals = example()
+    after = create_reducer("tome")(tokens, signals.replace(keys=signals.keys * 0), 8)
+    np.testing.assert_array_equal(after.x[:, 0], tokens.x[:, 0])
+    assert (np.asarray(after.owner) >= 0).all()
 
 
 @pytest.mark.parametrize("r", [-1, (1, 2, 3)])

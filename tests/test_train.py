@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from evit_jax import optim
 from evit_jax.checkpoint import Checkpoints
 from tests.test_sources import jpeg, make_folder
 
@@ -23,16 +24,16 @@ LIMITED = ["sh", "-c", 'ulimit -f 150; exec "$@"', "sh"]  # files of 75 to 150 K
 OFTEN = ["--config.run.checkpoint_every=0.2", "--config.run.log_every=7"]
 
 
-def start(*arguments, prefix=()):
-    environment = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+def start(*arguments, prefix=(), **more):
+    environment = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2", **more)
     return subprocess.Popen(
         [*prefix, sys.executable, "train.py", *map(str, arguments)],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def train(*arguments, prefix=()):
-    process = start(*arguments, prefix=prefix)
+def train(*arguments, prefix=(), **more):
+    process = start(*arguments, prefix=prefix, **more)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -53,7 +54,9 @@ def same_results(a, b):
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "evit_deit_s"])
 def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
-    code, out, err = train(f"--config=configs/{name}.py:debug", f"--workdir={tmp_path}")
+    code, out, err = train(
+        f"--config=configs/{name}.py:debug", f"--workdir={tmp_path}", JAX_LOG_COMPILES="1"
+    )
     assert code == 0, err
     assert "reduced over dense" in out
     *_, final = lines = figures(tmp_path)
@@ -66,8 +69,32 @@ def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     assert {"step", "test_top1", "test_top5", "test_loss"} <= evaluations[0].keys()
     assert (tmp_path / "checkpoints" / str(final["step"])).is_dir()
     assert any((tmp_path / "tensorboard").iterdir())
-    if name == "evit_deit_s":  # three stages of the keep rate, three programs
-        assert out.count("compiled in") == 3
+    # As many programs as stages of the keep rate.
+    assert err.count("Finished XLA compilation of jit(train_step)") == out.count("compiled in")
+    assert out.count("compiled in") == (3 if name == "evit_deit_s" else 1)
+
+
+def test_a_log_line_is_the_mean_since_the_last_one_at_the_rate_of_its_step(tmp_path):
+    lines = {}
+    for every in (1, 3):
+        workdir = tmp_path / str(every)
+        code, _, err = train(
+            DIGITS, f"--workdir={workdir}", f"--config.run.log_every={every}",
+            "--config.epochs=0.2", "--config.optimizer.warmup_epochs=0.1",
+        )  # fmt: skip
+        assert code == 0, err
+        lines[every] = [line for line in figures(workdir) if "train_loss" in line]
+    single, means = lines[1], lines[3]
+    assert [line["step"] for line in single] == list(range(1, 10))
+    assert [line["step"] for line in means] == [3, 6, 9]
+    for i, line in enumerate(means):
+        window = [one["train_loss"] for one in single[3 * i : 3 * i + 3]]
+        assert line["train_loss"] == pytest.approx(np.mean(window), rel=1e-5)
+    schedule = optim.learning_rate(
+        lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=4, total_steps=9
+    )
+    expected = [float(schedule(step)) for step in range(9)]
+    assert [line["lr"] for line in single] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,16 @@ INTERPOLATIONS = {
 def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
     """Encoded bytes or a uint8 array -> an RGB image; raises InputError naming a broken file."""
     if isinstance(image, np.ndarray):
-        return Image.fromarray(np.squeeze(image)).convert("RGB")
+        grey = image.ndim == 3 and image.shape[2] == 1
+        return Image.fromarray(image[..., 0] if grey else image).convert("RGB")
     try:
         decoded = Image.open(io.BytesIO(image))
         if decoded.mode.startswith("I"):  # 16 bit grey, which Pillow would clip, not scale
             decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
         return decoded.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} cannot be read as an image: {error}") from error
+    except Exception as error:  # every format's decoder raises its own
+        reason = str(error).partition(" <_io.")[0] or type(error).__name__
+        raise InputError(f"{name} cannot be read as an image: {reason}") from error
 
 
 def random_box(

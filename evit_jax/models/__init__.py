@@ -127,7 +127,7 @@ def init_params(model, key: jax.Array) -> dict:
 
 def check_size(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
     """One side, (side,) or (height, width) -> (height, width)."""
-    size = (size,) if isinstance(size, int) else tuple(size)
+    size = (size,) if isinstance(size, (int, float)) else tuple(size)
     size = size * 2 if len(size) == 1 else size
     if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise InputError(f"{name} must be a positive whole number or (height, width), got {size}")
@@ -141,7 +141,13 @@ def check_dtype(dtype) -> jnp.dtype:
 
 
 def check_geometry(model) -> None:
-    """Raises InputError for an image of broken patches, or heads that do not fit."""
+    """Raises InputError for impossible sizes, broken patches and heads that do not fit."""
+    for name in ("width", "depth", "num_heads", "num_classes"):
+        if type(getattr(model, name)) is not int or getattr(model, name) < 1:
+            raise InputError(f"{name} must be a whole number from 1 up, got {getattr(model, name)}")
+    for name in ("drop_path_rate", "dropout_rate"):
+        if not 0 <= getattr(model, name) < 1:
+            raise InputError(f"{name} must be in [0, 1), got {getattr(model, name)}")
     for side, image, patch in zip(
         ("height", "width"), model.image_size, model.patch_size, strict=True
     ):

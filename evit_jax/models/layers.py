@@ -128,7 +128,7 @@ class Block(nn.Module):
             x=tokens.x + drop_path(self.drop_path_rate)(y, deterministic=not train)
         )
         if self.keep is not None:
-            key = self.make_rng("dropout") if train else None
+            key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
             signals = Signals(row, keys, key=key, layer=self.layer, train=train)
             tokens = self.reducer(tokens, signals, self.keep)
         mlp = Mlp(self.hidden, self.dropout_rate, self.dtype, name="mlp")

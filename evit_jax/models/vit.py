@@ -70,21 +70,38 @@ class ViT(nn.Module):
     @property
     def tokens_per_block(self) -> tuple[int, ...]:
         """Tokens after each block, prefix included."""
-        keep = self.keep or (None,) * self.depth
-        return token_counts(keep, self.patches, prefix=self.prefix, extra=self.reducer.extra)
+        return token_counts(self.kept, self.patches, prefix=self.prefix, extra=self.reducer.extra)
+
+    @property
+    def kept(self) -> Keep:
+        """`keep` with one entry per block."""
+        if self.keep and len(self.keep) != self.depth:
+            raise InputError(
+                f"keep needs one entry per block, {self.depth}, got {len(self.keep)}; "
+                "model.plan(...) makes it"
+            )
+        return tuple(self.keep) or (None,) * self.depth
 
     def plan(
         self, *, keep_rate=None, layers=None, keep_rates=None, tokens=None, left: float = 0.0
     ) -> Keep:
         """`plan.token_plan` for this model and its reducer; see there.
 
-        Without rates and counts it is the reducer's own schedule, as far as it has one.
+        Without rates and counts it is the reducer's own schedule, as far as it has one; with both
+        it is an error, but for keep_rate=1, the dense model.
         """
-        if layers is None and keep_rates is None:
-            layers = self.reducer.default_layers(self.depth)
+        at = self.reducer.default_layers(self.depth) if layers is None else layers
+        at = check_layers(at, self.depth)
+        if keep_rates is None:
+            layers = at
+        own = self.reducer.schedule(self.patches, self.prefix, at, self.depth)
         if keep_rate is None and keep_rates is None and tokens is None:
-            layers = check_layers(layers, self.depth)
-            tokens = self.reducer.schedule(self.patches, self.prefix, layers, self.depth)
+            tokens = own
+        elif keep_rate != 1 and any(count is not None for count in own):
+            raise InputError(
+                f"{self.reducer} has a schedule of its own; leave out either that or the rates "
+                "(--config=FILE.py:keep_rate=None unsets a configuration's)"
+            )
         return token_plan(
             self.patches,
             self.depth,
@@ -100,15 +117,16 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict]:
         if images.shape[1:] != (*self.image_size, 3):
+            size = images.shape[1:3] if images.ndim == 4 and images.shape[3] == 3 else None
+            hint = f"; build it with image_size={size} to change that" if size else ""
             raise InputError(
                 f"this model takes images of shape (B, {self.image_size[0]}, {self.image_size[1]}, "
-                f"3), got {images.shape}; build it with image_size=({images.shape[1]}, "
-                f"{images.shape[2]}) to change that"
+                f"3), got {images.shape}{hint}"
             )
         tokens = self.embed(images, train)
 
         owners, rows, blocks = [], [], []
-        for i, keep in enumerate(self.keep or (None,) * self.depth):
+        for i, keep in enumerate(self.kept):
             tokens, row = Block(
                 num_heads=self.num_heads,
                 hidden=self.hidden,

@@ -44,6 +44,7 @@ How each family of methods fits
 import dataclasses
 import importlib
 import pkgutil
+import typing
 from collections.abc import Mapping
 
 import jax
@@ -162,7 +163,7 @@ def drop(tokens: Tokens, kept: jax.Array) -> Tokens:
     )
 
 
-def unmerge(x: jax.Array, owner: jax.Array, prefix: int = 1) -> jax.Array:
+def unmerge(x: jax.Array, owner: jax.Array, *, prefix: int) -> jax.Array:
     """Dense features back: every original patch gets the features of the token it now is in.
 
     Exact for a patch that was kept; a patch that was merged or fused shares its token's features,
@@ -171,7 +172,7 @@ def unmerge(x: jax.Array, owner: jax.Array, prefix: int = 1) -> jax.Array:
     Args:
       x: (B, N, D) tokens, such as `out["blocks"][-1]`.
       owner: (B, P) int32, such as `out["owner"][-1]`.
-      prefix: the model's number of prefix tokens.
+      prefix: `model.prefix`, 2 for distilled models.
 
     Returns:
       (B, P, D), patches in row-major order of `model.grid`.
@@ -204,5 +205,17 @@ def create_reducer(spec: str | Mapping | Reducer) -> Reducer:
             raise InputError(f'a reducer needs a name, as in dict(name="evit"), got {dict(spec)}')
     check_name("reducer", name, known_reducers())
     method = importlib.import_module(f"{__name__}.{name}").REDUCER
-    check_names(f"field of {name}", fields, [field.name for field in dataclasses.fields(method)])
-    return method(**fields)
+    known = {field.name: field.type for field in dataclasses.fields(method)}
+    check_names(f"field of {name}", fields, known)
+    return method(**{key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields})
+
+
+def check_type(what: str, value, kind):
+    """Returns a value of the annotated type, a list as a tuple; raises InputError for another."""
+    value = tuple(value) if isinstance(value, list) else value
+    kinds = [typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,)]
+    if type(value) in kinds or (type(value) is int and float in kinds):
+        return value
+    raise InputError(
+        f"{what} must be of type {' or '.join(k.__name__ for k in kinds)}, got {value!r}"
+    )

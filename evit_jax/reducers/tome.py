@@ -78,11 +78,14 @@ class ToMe(Reducer):
             gather(tokens.x.astype(jnp.float32) * size, sources)
         )
         sizes = gather(size, left).at[rows, target_places].add(gather(size, sources))
+        weight = tokens.weight
+        if weight is not None:
+            weight = jnp.take_along_axis(weight, left, axis=1)
         return tokens.replace(
             x=(weighted / sizes).astype(tokens.x.dtype),
             size=sizes[..., 0],
             owner=follow(tokens.owner, place[:, prefix:] - prefix),
-            weight=sizes[..., 0] if self.proportional else tokens.weight,
+            weight=sizes[..., 0] if self.proportional else weight,
         )
 
 
@@ -98,7 +101,8 @@ def pair(keys: jax.Array, prefix: int, count: int) -> tuple[jax.Array, jax.Array
       keys: (B, N, C), compared by cosine in float32.
     """
     keys = jax.lax.stop_gradient(keys.astype(jnp.float32))
-    keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    length = jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    keys = keys / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)
     even, odd = keys[:, ::2], keys[:, 1::2]
     similarity = jnp.einsum("bic,bjc->bij", even, odd)
     protected_even, protected_odd = (prefix + 1) // 2, prefix // 2

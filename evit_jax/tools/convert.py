@@ -26,7 +26,7 @@ def from_workdir(workdir: Path) -> dict[str, np.ndarray]:
     if not (workdir / "config.json").is_file():
         raise InputError(f"{workdir} is a folder but no training run: it has no config.json")
     config = json.loads((workdir / "config.json").read_text())
-    state = Checkpoints(workdir / "checkpoints").load()
+    state = Checkpoints(workdir / "checkpoints", read_only=True).load()
     return tensors_from_params(state.get("ema", state["params"]), build_model(**config["model"]))
 
 

@@ -41,11 +41,15 @@ def arguments() -> argparse.Namespace:
     add("--reducer", default="evit", help="evit, evit:fuse=False, random, tome:r=13, ...")
     add("--batch_size", type=int, default=50, help="images at a time, over all devices")
     add("--dtype", default="float32", help="of the computation: float32 or bfloat16")
+    add("--num_classes", type=int, help="of a model with another number than its name says")
     add("--image_size", default="", help="224 or 224,320; default the model's own")
     add("--crop", type=float, help="fraction of the resized shorter side; default the model's card")
     add("--interpolation", help="bicubic, bilinear, lanczos or nearest; default the model's card")
     add("--threads", type=int, default=0, help="that decode; 0 is one per processor")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if flags.threads < 0:
+        raise InputError(f"--threads must be 0 or more, got {flags.threads}")
+    return flags
 
 
 def numbers(text: str, kind: type) -> tuple:
@@ -80,8 +84,6 @@ def read_classes(file: str) -> tuple[str, ...]:
 def main() -> None:
     flags = arguments()
     card = preprocessing(flags.model)
-    if flags.crop is not None and not 0 < flags.crop <= 1:
-        raise InputError(f"--crop is a fraction in (0, 1], got {flags.crop}")
     changes = dict(crop=flags.crop, interpolation=flags.interpolation)
     card = dataclasses.replace(card, **{k: v for k, v in changes.items() if v is not None})
     devices = DataParallel()
@@ -95,6 +97,7 @@ def main() -> None:
         weights=flags.weights,
         reducer=flags.reducer,
         dtype=flags.dtype,
+        num_classes=flags.num_classes,
         image_size=numbers(flags.image_size, int) or None,
     )
     if len(source.classes) != model.num_classes:

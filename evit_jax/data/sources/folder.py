@@ -15,7 +15,8 @@ class Folder:
     """The images under a folder of class folders, at any depth, in sorted order."""
 
     def __init__(self, folder: Path, classes: tuple[str, ...]):
-        extensions = Image.registered_extensions()
+        formats = Image.registered_extensions().items()
+        extensions = {extension for extension, kind in formats if kind in Image.OPEN}
         self.classes, self.files, self.labels = classes, [], []
         present = class_names(folder)
         unknown = sorted(set(present) - set(classes))

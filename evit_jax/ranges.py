@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which values the numbers of a configuration may have."""
+
+import math
+from collections.abc import Mapping
+
+from evit_jax.errors import InputError
+
+POSITIVE = math.ulp(0.0)  # the smallest number above zero
+BELOW_ONE = math.nextafter(1.0, 0.0)
+
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "epochs": (POSITIVE, math.inf),
+    "label_smoothing": (0, BELOW_ONE),
+    "ema_decay": (0, BELOW_ONE),
+    "keep_warmup.start_epoch": (0, math.inf),
+    "keep_warmup.epochs": (0, math.inf),
+    "keep_warmup.rungs": (1, 1000),
+    "optimizer.lr": (0, math.inf),
+    "optimizer.warmup_lr": (0, math.inf),
+    "optimizer.warmup_epochs": (0, math.inf),
+    "optimizer.min_lr": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
+    "optimizer.b1": (0, BELOW_ONE),
+    "optimizer.b2": (0, BELOW_ONE),
+    "augment.scale": (POSITIVE, 1),
+    "augment.ratio": (POSITIVE, math.inf),
+    "run.log_every": (1, math.inf),
+    "run.eval_every": (0, math.inf),
+    "run.checkpoint_every": (0, math.inf),
+    "run.threads": (0, 1024),
+}
+
+
+def check_ranges(config: Mapping) -> None:
+    """Raises InputError for the first number out of its range, or pair that is none.
+
+    Args:
+      config: field, with dots between its parts -> value, for every field of RANGES.
+    """
+    for field, (low, high) in RANGES.items():
+        value = config[field]
+        pair = field.startswith("augment.")
+        numbers = tuple(value) if pair else (value,)
+        if pair and (len(numbers) != 2 or numbers[0] > numbers[1]):
+            raise InputError(f"{field} must be two numbers, the smaller first, got {value}")
+        if not all(low <= number <= high for number in numbers):
+            least = "above 0" if low == POSITIVE else f"{low} or more"
+            most = {math.inf: "", BELOW_ONE: " and below 1"}.get(high, f" and at most {high}")
+            raise InputError(f"{field} must be {least}{most}, got {value}")

@@ -65,10 +65,10 @@ def main() -> None:
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
     rates = {name: config.model[name] for name in ("keep_rate", "layers", "keep_rates", "tokens")}
-    any_rate = rates["keep_rates"] or rates["keep_rate"]  # else counts, or the reducer's schedule
+    by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
     stages = plan.stages(
         lambda left: model.plan(**rates, left=left),
-        min(rates["keep_rates"] or [rates["keep_rate"]]) if any_rate else None,
+        min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]) if by_rate else None,
         start=to_steps(config.keep_warmup.start_epoch),
         length=to_steps(config.keep_warmup.epochs),
         rungs=config.keep_warmup.rungs,

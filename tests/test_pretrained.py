@@ -137,6 +137,16 @@ def test_everything_that_does_not_fit_is_reported_at_once():
         assert text in str(error.value)
 
 
+def test_what_is_wrong_in_many_blocks_is_said_once():
+    model, params, shapes = made()
+    tensors = tensors_from_params(params, model)
+    tensors = {k: v for k, v in tensors.items() if "fc1.bias" not in k and "1.norm1.bias" not in k}
+    with pytest.raises(InputError) as error:
+        params_from_tensors(tensors, model, shapes)
+    expected = "blocks.{0,1}.mlp.fc1.bias is missing; blocks.1.norm1.bias is missing"
+    assert f"3 entries do not fit: {expected}" == str(error.value)
+
+
 def test_another_number_of_classes_only_when_asked_for(tmp_path):
     model, params, _ = made()
     file = str(tmp_path / "w.safetensors")

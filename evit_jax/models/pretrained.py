@@ -16,8 +16,6 @@ import numpy as np
 from evit_jax.errors import InputError
 from evit_jax.models.positions import resize_positions
 
-SHOWN = 20  # of the entries that do not fit; a file for another model has hundreds
-
 Tensors = dict[str, np.ndarray]
 
 # Names in the .npz of vision_transformer (LayerNorm_2, MlpBlock_3, ...Attention_1) and big_vision.
@@ -159,9 +157,22 @@ def params_from_tensors(
             branch = branch.setdefault(key, {})
         branch[path[-1]] = jnp.asarray(array)
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise InputError(f"{len(problems)} entries do not fit: {'; '.join(problems[:SHOWN])}{more}")
+        raise InputError(f"{len(problems)} entries do not fit: {'; '.join(grouped(problems))}")
     return params
+
+
+def grouped(problems: list[str]) -> list[str]:
+    """What is said of several blocks alike is said once: "blocks.{0,1,2}.norm1.bias is missing"."""
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for problem in problems:
+        block = re.match(r"blocks\.(\d+)\.", problem)
+        rest = problem[block.end() :] if block else problem
+        groups.setdefault((bool(block), rest), []).append(block[1] if block else "")
+    said = []
+    for (in_block, rest), blocks in groups.items():
+        numbers = blocks[0] if len(blocks) == 1 else "{" + ",".join(blocks) + "}"
+        said.append(f"blocks.{numbers}.{rest}" if in_block else rest)
+    return said
 
 
 def positions_fit(table: np.ndarray, fresh: jax.Array, model) -> bool:

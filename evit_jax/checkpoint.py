@@ -29,6 +29,14 @@ def hide_closed_loops(unraisable, otherwise=sys.unraisablehook) -> None:
         otherwise(unraisable)
 
 
+def not_of_orbax(record: logging.LogRecord) -> bool:
+    """A log filter: Orbax logs every part of a save, and what it raises once more as tracebacks.
+
+    asyncio does the same for the other arrays of a failed save, whose folder has Orbax's name.
+    """
+    return "orbax" not in record.pathname + record.getMessage()
+
+
 class Checkpoints:
     """Numbered checkpoints under a folder. Saving runs in the background; a save is all or nothing.
 
@@ -42,8 +50,8 @@ class Checkpoints:
         if read_only and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} does not exist")
         sys.unraisablehook = hide_closed_loops
-        # Orbax logs every part of a save, and what goes wrong with a traceback; it is raised, too.
-        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(not_of_orbax)
         # Without a policy for both, the best checkpoints would push out the latest one.
         keep = policies.AnyPreservationPolicy(
             [

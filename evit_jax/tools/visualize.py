@@ -27,6 +27,7 @@ from evit_jax.errors import InputError
 from evit_jax.models import create_model, preprocessing
 from evit_jax.parallel import DataParallel
 from evit_jax.predict import read
+from evit_jax.recorder import write_whole
 from evit_jax.tools import drawing
 
 MAX_PANELS = 6  # of reducing blocks; the figures on standard output are of all
@@ -141,15 +142,7 @@ def write_png(path: Path, image: Image.Image) -> None:
     colours = image.quantize(256, kmeans=1)
     dither = Image.Dither.FLOYDSTEINBERG  # without it skies have bands
     image.quantize(palette=colours, dither=dither).save(content, "PNG", optimize=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, content.getvalue())
 
 
 def visualize(options: argparse.Namespace) -> dict:

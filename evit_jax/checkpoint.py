@@ -117,10 +117,8 @@ class Checkpoints:
     def failed(self, error: Exception) -> InputError:
         """What the user has to know when a save fails."""
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        if system := re.search(
-            r"([^:]+) \[os_error_code", reason
-        ):  # within TensorStore's own words
-            reason = system[1].strip()
+        system = re.search(r"([^:]+) \[os_error_code", reason)  # within TensorStore's own words
+        reason = system[1].strip() if system else reason
         self.manager.reload()
         kept = "no checkpoint is complete yet"
         if self.latest is not None:

@@ -157,6 +157,14 @@ def test_another_number_of_classes_only_when_asked_for(tmp_path):
     assert fresh["head"]["kernel"].shape == (8, 7)
     same(fresh["blocks_1"], params["blocks_1"])
 
+    headless = {k: v for k, v in tensors_from_params(params, model).items() if "head" not in k}
+    save_file(headless, file)
+    with pytest.raises(InputError, match=r"head\.weight is missing"):
+        create_model("vit", weights=file, **SIZES)
+    _, fresh = create_model("vit", weights=file, new_head=True, **SIZES)
+    assert fresh["head"]["kernel"].shape == (8, 3)
+    same(fresh["norm"], params["norm"])
+
 
 def test_files_of_another_image_size_get_resized_positions(tmp_path):
     model, params, _ = made()

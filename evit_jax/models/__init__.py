@@ -82,7 +82,7 @@ def create_model(
       weights: a file of timm, DeiT, EViT (.safetensors, .pth) or vision_transformer (.npz), or
         "hf:OWNER/REPOSITORY@COMMIT" on the Hugging Face hub; default freshly drawn. Position
         embeddings of another image size are resized.
-      new_head: draw fresh heads where the file's are for another number of classes.
+      new_head: draw fresh heads where the file has none, or for another number of classes.
       seed: of the freshly drawn weights.
       keep_rate: fraction of the patch tokens kept by each block in `layers`; default 1.
       layers: reducing blocks, 0-based; default the reducer's own (EViT: 3, 6, 9 of 12).

@@ -21,8 +21,8 @@ class ToMe(Reducer):
     first, in order, then the odd ones; the next block so pairs others.
 
     r removes that many tokens in each block; `linear` tilts it from r * (1 - linear) in the first
-    block to r * (1 + linear) in the last; a tuple lists it per block. Rates and counts given to the
-    model come before it.
+    block to r * (1 + linear) in the last; a tuple lists it per block. With r = 0 the rates or
+    counts given to the model decide; both at once are refused.
     """
 
     r: int | tuple[int, ...] = 0  # tokens removed per block, as far as half of the patches allow

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import pickle
 import re
 
 import numpy as np
@@ -126,6 +127,39 @@ def test_grey_and_colour_arrays_are_decoded_alike():
         np.testing.assert_array_equal(np.asarray(decode(array, "x"))[..., 1], grey)
 
 
+def test_class_lists_set_the_labels(tmp_path):
+    root = str(make_folder(tmp_path))
+    file = tmp_path / "classes.json"
+    file.write_text('["wolf", "dog", "fox", "cat"]')
+    for classes in (str(file), file, ["wolf", "dog", "fox", "cat"]):
+        for split in ("train", "test"):
+            source = open_source("folder", split, root, classes=classes)
+            assert source.classes == ("wolf", "dog", "fox", "cat")
+            assert source.labels == [3, 3, 3, 1, 1, 1]
+    assert open_source("folder", "train", root, classes="").classes == ("cat", "dog")
+    with pytest.raises(InputError, match=r"'digits' brings its own classes"):
+        open_source("digits", "train", classes=file)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("cat, dog", r"classes.json is not JSON"),
+        ('{"cat": 0}', r"should be a JSON list of folder names"),
+        ("[0, 1]", r"should be a JSON list of folder names"),
+        ("[]", r"names no classes"),
+        ('["cat", "dog", "cat"]', r"names 'cat' 2 times"),
+        ('["cat", "fox"]', r"train/dog is not among the 2 known classes"),
+    ],
+)
+def test_bad_class_lists_are_refused(content, text, tmp_path):
+    root = make_folder(tmp_path)
+    file = tmp_path / "classes.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=text):
+        open_source("folder", "train", str(root), classes=str(file))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A tiny TFDS set in ArrayRecord, written without TensorFlow."""
@@ -148,6 +182,12 @@ def test_tfds_reads_array_records_without_tensorflow(prepared):
     assert seen == [(0, (20, 16))] * 3 + [(1, (20, 16))] * 3
     assert train[0]["name"] == "tiny/1.0.0 train example 0"
     assert "tensorflow" not in sys.modules
+
+
+def test_a_tfds_set_that_was_read_from_can_be_sent_to_worker_processes(prepared):
+    source = open_source("tfds", "train", str(prepared / "tiny"))
+    first = source[0]
+    assert pickle.loads(pickle.dumps(source))[0] == first
 
 
 def test_bad_tfds_folders_say_what_to_do(tmp_path):

@@ -9,14 +9,22 @@ which returns an object with `classes` (the class names, in label order), `len()
 
     {"image": encoded bytes or a uint8 array (H, W) or (H, W, 3), "label": int, "name": str}
 
-`name` says which image it is in error messages. Nothing here imports JAX.
+`name` says which image it is in error messages. The object is pickled for worker processes. Where
+the caller may choose the classes, `source` also takes `classes`, their names in label order, or
+None. Nothing here imports JAX.
 """
 
 import importlib
+import inspect
+import json
 import pkgutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 from evit_jax.data import sources
-from evit_jax.errors import check_name
+from evit_jax.data.cache import Cached
+from evit_jax.errors import InputError, check_name
 
 
 def known_sources() -> list[str]:
@@ -24,11 +32,51 @@ def known_sources() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
 
 
-def open_source(name: str, split: str, folder: str = "", **options):
-    """Opens the split "train" or "test" of a data set; `options` are the data set's own.
+def open_source(
+    name: str,
+    split: str,
+    folder: str = "",
+    *,
+    classes: str | Path | Sequence[str] | None = None,
+    cache: bool = False,
+    copies: int = 1,
+):
+    """Opens the split "train" or "test" of a data set.
+
+    Args:
+      classes: of class folders, the names in the order of the model's classes, or a JSON file with
+        a list of them; there may be more of them than folders. Default: the sorted folders.
+      cache: keep decoded images in memory from their first use on. A worker process of the pipeline
+        shares no memory with the others, so each fills a copy of its own.
+      copies: how many processes will do so, to judge whether there is enough memory.
 
     Raises:
-      InputError: an unknown name, or nothing usable in the folder.
+      InputError: an unknown name, nothing usable in the folder, classes that the data set has no
+        choice of, or more decoded images than memory.
     """
     check_name("data set", name, known_sources())
-    return importlib.import_module(f"{sources.__name__}.{name}").source(split, folder, **options)
+    opener = importlib.import_module(f"{sources.__name__}.{name}").source
+    options = {}
+    if classes:
+        if "classes" not in inspect.signature(opener).parameters:
+            raise InputError(
+                f"the data set {name!r} brings its own classes; a list of classes is for 'folder'"
+            )
+        given = isinstance(classes, (str, Path))
+        options["classes"] = read_classes(classes) if given else tuple(classes)
+    source = opener(split, folder, **options)
+    return Cached(source, copies=copies) if cache else source
+
+
+def read_classes(file: str | Path) -> tuple[str, ...]:
+    """The class names in a JSON file that is a list of strings."""
+    try:
+        classes = json.loads(Path(file).expanduser().read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"{file} should be a JSON list of folder names in class order")
+    name, count = Counter(classes).most_common(1)[0] if classes else ("", 0)
+    if count != 1:
+        raise InputError(f"{file} names {f'{name!r} {count} times' if count else 'no classes'}")
+    return tuple(classes)

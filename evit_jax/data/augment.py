@@ -26,7 +26,8 @@ def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
         decoded = Image.open(io.BytesIO(image))
         if decoded.mode.startswith("I"):  # 16 bit grey, which Pillow would clip, not scale
             decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
-        return decoded.convert("RGB")
+        decoded.load()
+        return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
     except Exception as error:  # every format's decoder raises its own
         reason = str(error).partition(" <_io.")[0] or type(error).__name__
         raise InputError(f"{name} cannot be read as an image: {reason}") from error

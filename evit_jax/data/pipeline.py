@@ -1,68 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Grain pipeline: source -> batches of uint8 images, the same for any number of threads.
+"""The pipeline: source -> batches of uint8 images, the same whoever prepares them.
 
-Training is an endless sequence of reshuffled epochs whose n-th batch is a function of (seed, n):
-resuming at step n needs no iterator state. Evaluation visits every image exactly once, padded to
-whole batches with images that a mask leaves out.
+However many threads, worker processes and hosts share the work, a batch is what it is: training is
+an endless sequence of reshuffled epochs whose n-th batch is a function of (seed, n), so resuming at
+step n needs no iterator state. Evaluation visits every image exactly once, padded to whole batches
+with images that a mask leaves out.
+
+A damaged image stops the run with its name, or is skipped: training then shows the next readable
+image of the source instead, evaluation masks it, and both mark it as `damaged`.
 """
 
 import dataclasses
-import os
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 from PIL import Image
 
 from evit_jax.data.augment import centre_crop, decode, random_resized_crop
+from evit_jax.data.loader import Part, prepare
+from evit_jax.data.logits import Logits
+from evit_jax.data.order import Order
+from evit_jax.data.randaugment import color_jitter, rand_augment
+from evit_jax.errors import InputError, check_name
+
+ROW = 100  # so many damaged images next to each other are more than damaged images
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainTransform(grain.transforms.RandomMap):
-    """Decode, random resized crop, flip."""
-
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: bool
-    interpolation: str
-
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        image = random_resized_crop(
-            decode(element["image"], element["name"]),
+def train_view(
+    image: Image.Image,
+    rng: np.random.Generator,
+    *,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+    randaugment_magnitude: float,
+    randaugment_std: float,
+    randaugment_layers: int,
+    jitter: float,
+    interpolation: str,
+    fill: tuple[int, int, int],
+) -> np.ndarray:
+    """Random resized crop, flip, then RandAugment or else colour jitter: timm's order."""
+    image = random_resized_crop(
+        image, rng, size=size, scale=scale, ratio=ratio, interpolation=interpolation
+    )
+    if flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if randaugment_magnitude:
+        image = rand_augment(
+            image,
             rng,
-            size=self.size,
-            scale=self.scale,
-            ratio=self.ratio,
-            interpolation=self.interpolation,
+            magnitude=randaugment_magnitude,
+            std=randaugment_std,
+            layers=randaugment_layers,
+            fill=fill,
+            interpolation=interpolation,
         )
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return {"image": np.asarray(image), "label": np.int32(element["label"])}
+    elif jitter:
+        image = color_jitter(image, rng, strength=jitter)
+    return np.asarray(image)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalTransform:
+class TrainExample:
+    """A place in the global order -> the example shown there."""
+
+    source: object
+    order: Order
+    view: Callable  # (image, random generator) -> uint8 array
+    skip: bool
+    logits: Logits | None
+
+    def __call__(self, place: int) -> dict:
+        index = self.order[place]
+        image, label, shown = self.load(index)
+        example = dict(
+            image=self.view(image, self.order.generator(place)),
+            label=np.int32(label),
+            index=np.int32(index),
+            damaged=np.bool_(shown != index),
+        )
+        return example if self.logits is None else example | dict(teacher=self.logits[shown])
+
+    def load(self, index: int) -> tuple[Image.Image, int, int]:
+        """(decoded image, label, its index) of this image or of the first readable one after it."""
+        tries = min(ROW, len(self.source))
+        for number in range(index, index + tries):
+            shown = number % len(self.source)
+            element = self.source[shown]
+            try:
+                return decode(element["image"], element["name"]), element["label"], shown
+            except InputError as error:
+                if not self.skip:
+                    raise
+                last = error
+        raise InputError(f"{tries} images in a row cannot be read; the last: {last}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalExample:
     """Index -> decoded centre crop and mask; an index past the end is padding."""
 
     source: object
     size: tuple[int, int]
     crop: float
     interpolation: str
+    skip: bool
 
     def __call__(self, index: int) -> dict:
-        if index >= len(self.source):
-            image = np.zeros((*self.size, 3), np.uint8)
-            return {"image": image, "label": np.int32(0), "mask": np.False_}
-        element = self.source[index]
-        image = centre_crop(
-            decode(element["image"], element["name"]),
-            size=self.size,
-            crop=self.crop,
-            interpolation=self.interpolation,
+        image, label, mask, damaged = np.zeros((*self.size, 3), np.uint8), 0, False, False
+        if index < len(self.source):
+            element = self.source[index]
+            label, mask = element["label"], True
+            try:
+                decoded = decode(element["image"], element["name"])
+                image = np.asarray(
+                    centre_crop(
+                        decoded, size=self.size, crop=self.crop, interpolation=self.interpolation
+                    )
+                )
+            except InputError:
+                if not self.skip:
+                    raise
+                mask, damaged = False, True
+        return dict(
+            image=image,
+            label=np.int32(label),
+            index=np.int32(index),
+            mask=np.bool_(mask),
+            damaged=np.bool_(damaged),
         )
-        label = np.int32(element["label"])
-        return {"image": np.asarray(image), "label": label, "mask": np.True_}
 
 
 def train_batches(
@@ -72,13 +142,22 @@ def train_batches(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
+    randaugment_magnitude: float,
+    randaugment_std: float,
+    randaugment_layers: int,
+    color_jitter: float,
+    repeats: int,
     interpolation: str,
+    fill: tuple[int, int, int],
     seed: int,
     batch_size: int,
     start: int = 0,
     host: int = 0,
     hosts: int = 1,
     threads: int = 0,
+    workers: int = 0,
+    damaged: str = "stop",
+    logits: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's share of the training batches from step `start` on, without end.
 
@@ -86,14 +165,48 @@ def train_batches(
       source: random access, see `evit_jax.data`.
       size: height and width of the images.
       scale, ratio: range of area and aspect of the random crop.
-      batch_size: global; each host yields batch_size // hosts images, with
-        image (B, H, W, 3) uint8 and label (B,) int32.
-      threads: that decode, one batch each; 0 is one per processor.
+      randaugment_magnitude, randaugment_std, randaugment_layers: see `randaugment.rand_augment`;
+        magnitude 0 is off.
+      color_jitter: strength; 0 is off, and so is any where RandAugment is on, as in timm.
+      repeats: how often in a row each drawn image comes, see `Order`.
+      fill: RGB of what rotations and shifts uncover.
+      batch_size: global; a host yields batch_size // hosts images at a time, the host-th part.
+      threads: of each process, that make one batch each; 0 is one per processor in all.
+      workers: processes that make the batches instead of this one, for hosts whose many processors
+        threads do not keep busy; they start by importing the main module of the program.
+      damaged: "stop" raises InputError, "skip" shows the next readable image instead.
+      logits: (images of the source, C) any float dtype, a teacher's, in the source's order.
+
+    Yields:
+      image (B, height, width, 3) uint8; label (B,) int32; index (B,) int32, the image's number in
+      the source; damaged (B,) bool, whether that image could not be read and another one is shown;
+      and with logits those of the image shown as teacher (B, C) float32.
     """
-    transform = TrainTransform(tuple(size), tuple(scale), tuple(ratio), flip, interpolation)
-    images = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).apply(transform)
-    images = images[start * batch_size :][host::hosts]
-    return iterate(images.batch(batch_size // hosts, drop_remainder=True), threads)
+    check_name("way with damaged images", damaged, ("stop", "skip"))
+    if logits is not None and len(logits) != len(source):
+        raise InputError(f"there are {len(logits):,} teacher's logits for {len(source):,} images")
+    view = functools.partial(
+        train_view,
+        size=tuple(size),
+        scale=tuple(scale),
+        ratio=tuple(ratio),
+        flip=flip,
+        randaugment_magnitude=randaugment_magnitude,
+        randaugment_std=randaugment_std,
+        randaugment_layers=randaugment_layers,
+        jitter=color_jitter,
+        interpolation=interpolation,
+        fill=tuple(fill),
+    )
+    example = TrainExample(
+        source,
+        Order(len(source), seed, batch_size, repeats),
+        view,
+        skip=damaged == "skip",
+        logits=None if logits is None else Logits(logits),
+    )
+    part = Part(example, batch_size, start, host, hosts)
+    return prepare(part, sys.maxsize, threads, workers)
 
 
 def eval_batches(
@@ -106,15 +219,16 @@ def eval_batches(
     host: int = 0,
     hosts: int = 1,
     threads: int = 0,
+    workers: int = 0,
+    damaged: str = "stop",
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's share of all images once, in order: image, label and mask (B,) bool."""
-    padded = -(-len(source) // batch_size) * batch_size
-    images = grain.MapDataset.range(padded).map(EvalTransform(source, size, crop, interpolation))
-    return iterate(images[host::hosts].batch(batch_size // hosts), threads)
+    """This host's share of all images once, in order; arguments as for `train_batches`.
 
-
-def iterate(batches: grain.MapDataset, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches prepared ahead by threads (Pillow and NumPy release Python's lock)."""
-    threads = threads or os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-    return iter(batches.to_iter_dataset(options))
+    Yields:
+      image, label, index as in training, mask (B,) bool, False for padding and damaged images, and
+      damaged (B,) bool.
+    """
+    check_name("way with damaged images", damaged, ("stop", "skip"))
+    example = EvalExample(source, tuple(size), crop, interpolation, skip=damaged == "skip")
+    part = Part(example, batch_size, host=host, hosts=hosts)
+    return prepare(part, -(-len(source) // batch_size), threads, workers)

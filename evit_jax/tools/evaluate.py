@@ -64,21 +64,8 @@ def open_data(flags: argparse.Namespace):
     """The images, with labels in the order of the model's classes."""
     folder = Path(flags.data).expanduser()
     prepared = folder.is_dir() and any(folder.glob("**/dataset_info.json"))
-    if prepared:
-        return open_source("tfds", "test", str(folder))
-    classes = read_classes(flags.classes) if flags.classes else None
-    return open_source("folder", "test", str(folder), classes=classes)
-
-
-def read_classes(file: str) -> tuple[str, ...]:
-    """A JSON list of strings."""
-    try:
-        classes = json.loads(Path(file).read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise InputError(f"{file} should be a JSON list of folder names in class order")
-    return tuple(classes)
+    name = "tfds" if prepared else "folder"
+    return open_source(name, "test", str(folder), classes=flags.classes)
 
 
 def main() -> None:
@@ -105,7 +92,7 @@ def main() -> None:
             f"the data has {len(source.classes)} classes and the model {model.num_classes}; "
             "--classes=FILE, a JSON list of all of the model's, says which folder is which"
         )
-    params = devices.init(lambda: params)
+    params = devices.init(dict, params)
     variants = [model.clone(keep=model.plan(keep_rate=rate, layers=layers)) for rate in rates]
     programs = [
         devices.compile_eval(functools.partial(steps.eval_step, model=variant, preprocessing=card))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import evit_jax
+from evit_jax import report
 from evit_jax.errors import InputError
 from evit_jax.models import backbones, build_model, create_model, init_params, preprocessing
 from evit_jax.preprocessing import IMAGENET
@@ -128,6 +129,46 @@ def test_training_drops_paths_and_evaluation_does_not():
     np.testing.assert_array_equal(logits(0, True), logits(0, True))
     assert not np.allclose(logits(0, True), logits(1, True))
     assert not np.allclose(logits(0, True), logits(0, False))
+
+
+def test_parts_of_a_batch_draw_what_the_whole_one_draws():
+    model, params = create(keep_rate=0.7, drop_path_rate=0.5, dropout_rate=0.1, reducer="random")
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+
+    @jax.jit
+    def logits(images, index):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply({"params": params}, images, train=True, index=index, rngs=rngs)[0]
+
+    whole = logits(images, None)
+    parts = [logits(images[i : i + 2], jnp.arange(i, i + 2)) for i in (0, 2)]
+    np.testing.assert_allclose(jnp.concatenate(parts), whole, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(logits(images[2:], None), whole[2:])
+
+
+def test_rematerialisation_changes_memory_and_nothing_else():
+    model, params = create(keep_rate=0.7, drop_path_rate=0.5)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+
+    def logits(params, model):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply({"params": params}, images, train=True, rngs=rngs)[0]
+
+    def residuals(model):
+        """Bytes kept for the backward pass. (XLA for CPU undoes it, so ask JAX.)"""
+        kept = jax.eval_shape(lambda params: jax.vjp(lambda p: logits(p, model), params)[1], params)
+        return report.size_of(kept)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda params: logits(params, model).sum()))(params)
+
+    recomputing = model.clone(remat=True)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        gradient(recomputing),
+        gradient(model),
+    )
+    assert residuals(recomputing) < 0.5 * residuals(model)
 
 
 def test_bfloat16_computes_in_it_and_answers_in_float32():

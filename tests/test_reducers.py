@@ -42,7 +42,7 @@ def example(prefix=1, seed=0, batch=BATCH, train=False):
     signals = Signals(
         cls_attention=jax.nn.softmax(jnp.asarray(rng.normal(size=(batch, length)), jnp.float32)),
         keys=jnp.asarray(rng.normal(size=(batch, length, 4)), jnp.float32),
-        key=jax.random.key(seed) if train else None,
+        key=jax.random.split(jax.random.key(seed), batch) if train else None,
         train=train,
     )
     return tokens, signals
@@ -219,7 +219,9 @@ def test_random_draws_anew_in_training_and_once_in_evaluation():
     reducer = create_reducer("random")
     tokens, signals = example(train=True)
     first = reducer(tokens, signals, 6).owner
-    second = reducer(tokens, signals.replace(key=jax.random.key(9)), 6).owner
+    second = reducer(
+        tokens, signals.replace(key=jax.random.split(jax.random.key(9), BATCH)), 6
+    ).owner
     assert (first != second).any()
     assert (first[0] != first[1]).any()  # every image its own
     tokens, signals = example()

@@ -26,9 +26,26 @@ def norm(name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
 
 
-def drop_path(rate: float) -> nn.Dropout:
-    """Stochastic depth: drops a whole residual branch per image and rescales the others."""
-    return nn.Dropout(rate, broadcast_dims=(1, 2))
+def fold(keys: jax.Array | None, number: int) -> jax.Array | None:
+    """Random keys (B,), one per image -> others for another purpose; None stays None."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None, *, whole: bool = False) -> jax.Array:
+    """Zeroes values of x (B, N, D) at this rate and rescales the others.
+
+    Args:
+      x: any float dtype, returned as such.
+      rate: in [0, 1).
+      keys: (B,) one random key per image, so that an image's draws are the same however a batch is
+        split over devices or micro-batches; None changes nothing.
+      whole: zero all of an image's values or none (stochastic depth of a residual branch).
+    """
+    if keys is None or not rate:
+        return x
+    shape = (1, 1) if whole else x.shape[1:]
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def key_weights(weight: jax.Array) -> jax.Array:
@@ -56,12 +73,11 @@ class Attention(nn.Module):
     """Multi-head self-attention; also returns the class token's row and the keys, for reducers."""
 
     num_heads: int
-    dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, weight: jax.Array | None, *, train: bool
+        self, x: jax.Array, weight: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x (B, N, D), weight (B, N) or None -> (B, N, D), row (B, N) float32, keys (B, N, C)."""
         batch, length, width = x.shape
@@ -82,7 +98,6 @@ class Attention(nn.Module):
         )
         y = (y / total).astype(self.dtype).transpose(0, 2, 1, 3).reshape(batch, length, width)
         y = nn.Dense(width, name="proj", **dense)(y)
-        y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
 
         # The class token's row is its own small softmax, so that the attention above is free to
         # become a fused kernel, which keeps no map. jit removes it where no reducer reads it.
@@ -99,12 +114,12 @@ class Mlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         dense = dict(kernel_init=weight_init, dtype=self.dtype)
         y = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
-        y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
+        y = dropout(y, self.dropout_rate, fold(keys, 0))
         y = nn.Dense(x.shape[-1], name="fc2", **dense)(y)
-        return nn.Dropout(self.dropout_rate)(y, deterministic=not train)
+        return dropout(y, self.dropout_rate, fold(keys, 1))
 
 
 class Block(nn.Module):
@@ -117,21 +132,24 @@ class Block(nn.Module):
     layer: int = 0  # the block's number
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
+    train: bool = False  # what reducers are told
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Tokens, *, train: bool) -> tuple[Tokens, jax.Array]:
-        """Returns the tokens after the block and the class token's attention (B, N) before it."""
-        attention = Attention(self.num_heads, self.dropout_rate, self.dtype, name="attn")
-        y, row, keys = attention(norm("norm1")(tokens.x), tokens.weight, train=train)
-        tokens = tokens.replace(
-            x=tokens.x + drop_path(self.drop_path_rate)(y, deterministic=not train)
-        )
+    def __call__(self, tokens: Tokens, keys: jax.Array | None) -> tuple[Tokens, jax.Array]:
+        """Returns the tokens after the block and the class token's attention (B, N) before it.
+
+        `keys` (B,) are random, one per image, for what a training model draws; None draws nothing.
+        """
+        attention = Attention(self.num_heads, self.dtype, name="attn")
+        y, row, seen = attention(norm("norm1")(tokens.x), tokens.weight)
+        y = dropout(y, self.dropout_rate, fold(keys, 0))
+        y = dropout(y, self.drop_path_rate, fold(keys, 1), whole=True)
+        tokens = tokens.replace(x=tokens.x + y)
         if self.keep is not None:
-            key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
-            signals = Signals(row, keys, key=key, layer=self.layer, train=train)
+            signals = Signals(row, seen, key=fold(keys, 2), layer=self.layer, train=self.train)
             tokens = self.reducer(tokens, signals, self.keep)
         mlp = Mlp(self.hidden, self.dropout_rate, self.dtype, name="mlp")
-        y = mlp(norm("norm2")(tokens.x).astype(self.dtype), train=train)
-        y = drop_path(self.drop_path_rate)(y, deterministic=not train)
+        y = mlp(norm("norm2")(tokens.x).astype(self.dtype), fold(keys, 3))
+        y = dropout(y, self.drop_path_rate, fold(keys, 4), whole=True)
         return tokens.replace(x=tokens.x + y), row

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError
-from evit_jax.models.layers import Block, norm, weight_init
+from evit_jax.models.layers import Block, dropout, fold, norm, weight_init
 from evit_jax.plan import Keep, check_layers, token_counts, token_plan
 from evit_jax.preprocessing import IMAGENET, Preprocessing
 from evit_jax.reducers import Reducer, Tokens
@@ -45,6 +45,7 @@ class ViT(nn.Module):
     drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
     keep: Keep = ()  # patch tokens kept by each block, from `plan`; () keeps all
     reducer: Reducer = EViT()
+    remat: bool = False  # recompute each block in the backward pass instead of storing its insides
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
 
     @property
@@ -115,7 +116,21 @@ class ViT(nn.Module):
         )
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict]:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, index: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Applies the model.
+
+        Args:
+          images: (B, H, W, 3) float32, normalised.
+          train: draw what training draws (dropout, stochastic depth, sampling reducers), from
+            rngs={"dropout": key}.
+          index: (B,) int32, the place of each image in the whole batch, where this is only a part
+            of it: an image's draws depend on the key and its place alone. Default 0, 1, 2, ...
+
+        Raises:
+          InputError: images of another size.
+        """
         if images.shape[1:] != (*self.image_size, 3):
             size = images.shape[1:3] if images.ndim == 4 and images.shape[3] == 3 else None
             hint = f"; build it with image_size={size} to change that" if size else ""
@@ -123,11 +138,16 @@ class ViT(nn.Module):
                 f"this model takes images of shape (B, {self.image_size[0]}, {self.image_size[1]}, "
                 f"3), got {images.shape}{hint}"
             )
-        tokens = self.embed(images, train)
+        keys = None
+        if train and (self.dropout_rate or self.drop_path_rate or self.has_rng("dropout")):
+            index = jnp.arange(images.shape[0]) if index is None else index
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), index)
+        tokens = self.embed(images, fold(keys, self.depth))
 
         owners, rows, blocks = [], [], []
+        block = nn.remat(Block) if self.remat else Block
         for i, keep in enumerate(self.kept):
-            tokens, row = Block(
+            tokens, row = block(
                 num_heads=self.num_heads,
                 hidden=self.hidden,
                 reducer=self.reducer,
@@ -135,9 +155,10 @@ class ViT(nn.Module):
                 layer=i,
                 dropout_rate=self.dropout_rate,
                 drop_path_rate=self.drop_path_rate * i / max(self.depth - 1, 1),
+                train=train,
                 dtype=self.dtype,
                 name=f"blocks_{i}",
-            )(tokens, train=train)
+            )(tokens, fold(keys, i))
             rows.append(row)
             blocks.append(tokens.x)
             if keep is not None:
@@ -161,7 +182,7 @@ class ViT(nn.Module):
             logits = (out["logits_cls"] + out["logits_dist"]) / 2
         return logits, out
 
-    def embed(self, images: jax.Array, train: bool) -> Tokens:
+    def embed(self, images: jax.Array, keys: jax.Array | None) -> Tokens:
         """Patches, prefix tokens and positions: the tokens that enter the first block."""
         batch = images.shape[0]
         (rows, columns), (high, wide) = self.grid, self.patch_size
@@ -194,7 +215,7 @@ class ViT(nn.Module):
         prefix = [jnp.broadcast_to(token, (batch, 1, self.width)) for token in prefix]
         x = jnp.concatenate([*(token.astype(self.dtype) for token in prefix), x], axis=1)
         x = x + positions.astype(self.dtype)
-        x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        x = dropout(x, self.dropout_rate, keys)
         return Tokens(
             x=x,
             size=jnp.ones(x.shape[:2], jnp.float32),

@@ -87,7 +87,8 @@ class Signals:
 
     cls_attention  (B, N) float32, the class token's row of the softmax, mean over heads.
     keys           (B, N, C) compute dtype, mean over heads.
-    key            random key in training (None otherwise) for methods that sample.
+    key            (B,) random keys in training, one per image (None otherwise), for methods that
+                   sample.
     layer, train   static: the block's number and whether the model is training.
     """
 

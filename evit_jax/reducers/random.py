@@ -21,10 +21,10 @@ class Random(Reducer):
     seed: int = 0  # of the draw used in evaluation
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: int) -> Tokens:
-        key, rows = signals.key, tokens.x.shape[0]
-        if key is None:
-            key, rows = jax.random.fold_in(jax.random.key(self.seed), signals.layer), 1
-        scores = jax.random.uniform(key, (rows, tokens.patches))
+        keys = signals.key
+        if keys is None:
+            keys = jax.random.fold_in(jax.random.key(self.seed), signals.layer)[None]
+        scores = jax.vmap(lambda key: jax.random.uniform(key, (tokens.patches,)))(keys)
         _, kept = jax.lax.top_k(scores, keep)
         return drop(tokens, jnp.broadcast_to(kept, (tokens.x.shape[0], keep)))
 

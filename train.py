@@ -10,47 +10,58 @@ import contextlib
 import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from evit_jax import cli, metrics, optim, plan, recorder, report, steps, timing
+from evit_jax import cli, metrics, optim, parallel, plan, recorder, report, steps, timing
 from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
 from evit_jax.flops import macs
-from evit_jax.models import build_model, init_params, preprocessing
-from evit_jax.parallel import DataParallel
+from evit_jax.mix import Mix
+from evit_jax.models import build_model, init_params, load_params, preprocessing
 from evit_jax.ranges import check_ranges
+from evit_jax.teachers import open_teacher
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and events")
+PROCESSES = flags.DEFINE_string(
+    "processes", "", 'of one run: "auto" on TPU pods and Slurm, or HOST:PORT,COUNT,NUMBER'
+)
 flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     config = CONFIG.value
     check_ranges(recorder.flatten(config.to_dict()))
+    parallel.start_processes(PROCESSES.value)
+    stop = parallel.Stop()
     host, hosts = jax.process_index(), jax.process_count()
 
-    # ------------------------------------------------------------------------------ devices, model
-    devices = DataParallel()
-    devices.check_batch_size(config.batch_size)
+    # --------------------------------------------------------------------- devices, model, teacher
+    mix = Mix(**config.mix)
+    devices = parallel.choose(config.run.parallel, shard_params=config.run.shard_params)
+    devices.check_batch_size(
+        config.batch_size, accumulate=config.run.accumulate, pairs=bool(mix.mixup or mix.cutmix)
+    )
     devices.check_batch_size(config.run.test_batch_size)
     model = build_model(**config.model)
     dense = model.clone(keep=())
     card = preprocessing(config.model.name)
+    teacher = open_teacher(model, **config.distill)
 
     # ---------------------------------------------------------------------------------------- data
-    view = dict(size=model.image_size, interpolation=card.interpolation)
-    view |= dict(host=host, hosts=hosts, threads=config.run.threads)
+    view = dict(size=model.image_size, interpolation=card.interpolation, host=host, hosts=hosts)
+    view |= dict(threads=config.run.threads, workers=config.run.workers)
+    view |= dict(damaged=config.data.damaged)
     train_images = 1000 * config.batch_size  # a dry run needs no data; epochs are what it shows
     if not config.dry_run:
-        train_source = open_source(config.data.name, "train", config.data.dir)
-        test_source = open_source(config.data.name, "test", config.data.dir)
+        place = dict(folder=config.data.dir, classes=config.data.classes, cache=config.data.cache)
+        train_source = open_source(config.data.name, "train", **place)
+        test_source = open_source(config.data.name, "test", **place)
         train_images = len(train_source)
         if len(train_source.classes) > model.num_classes:
             raise InputError(
@@ -65,6 +76,10 @@ def main() -> None:
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
     rates = {name: config.model[name] for name in ("keep_rate", "layers", "keep_rates", "tokens")}
+
+    def at_rate(rate: float):
+        return model.clone(keep=model.plan(keep_rate=rate, layers=config.model.layers))
+
     by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
     stages = plan.stages(
         lambda left: model.plan(**rates, left=left),
@@ -73,22 +88,43 @@ def main() -> None:
         length=to_steps(config.keep_warmup.epochs),
         rungs=config.keep_warmup.rungs,
     )
+    if config.sandwich:
+        if len(stages) > 1:
+            raise InputError("a sandwich of keep rates has no warm-up; leave out keep_warmup")
+        stages = plan.sandwich(lambda rate: at_rate(rate).keep, config.sandwich)
     settings = dict(config.optimizer)
     warmup_steps = to_steps(settings.pop("warmup_epochs"))
     optimizer, schedule = optim.create(**settings, warmup_steps=warmup_steps, total_steps=total)
+    recipe = steps.Recipe(
+        preprocessing=card,
+        optimizer=optimizer,
+        mix=mix,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.ema_decay,
+        accumulate=config.run.accumulate,
+        **teacher.recipe,
+    )
 
-    @functools.cache
-    def train_step(keep: plan.Keep):  # one compiled program per stage
-        step = functools.partial(
-            steps.train_step,
-            model=model.clone(keep=keep),
-            optimizer=optimizer,
-            preprocessing=card,
-            label_smoothing=config.label_smoothing,
-            ema_decay=config.ema_decay,
-            seed=config.seed,
-        )
-        return devices.compile_train(step)
+    def init(params: dict) -> steps.State:
+        return steps.init_state(params, optimizer, ema=config.ema_decay > 0)
+
+    def draw(key: jax.Array) -> steps.State:
+        return init(init_params(model, key))
+
+    key = jax.random.key(config.seed)
+    shapes = (
+        jax.eval_shape(draw, key),
+        steps.batch_shapes(
+            model.image_size, config.batch_size, model.num_classes * (teacher.logits is not None)
+        ),
+        teacher.params,
+    )
+
+    def compile_stage(stage: plan.Stage):
+        models = tuple(model.clone(keep=keep) for keep in (stage.keep, *stage.others))
+        step = functools.partial(steps.train_step, models=models, recipe=recipe)
+        return devices.compile_train(step, *shapes)
 
     @functools.cache
     def eval_step(model):
@@ -96,39 +132,38 @@ def main() -> None:
             functools.partial(steps.eval_step, model=model, preprocessing=card)
         )
 
-    def init(key: jax.Array) -> steps.State:
-        return steps.init_state(init_params(model, key), optimizer, ema=config.ema_decay > 0)
-
-    key = jax.random.key(config.seed)
     if config.dry_run:
-        state = jax.eval_shape(init, key)
-        batch = steps.batch_shapes(model.image_size, config.batch_size)
-        print(report.parameter_table(state["params"]), end="\n\n")
+        print(report.parameter_table(shapes[0]["params"]), end="\n\n")
         print(report.stage_table(model, stages, steps_per_epoch=1000), end="\n\n")
         print("compiling the training step; nothing is run ...", end="\n\n", flush=True)
-        compiled = train_step(stages[0].keep).lower(state, batch).compile()
-        print(report.memory_table(state, batch, compiled, jax.device_count()))
+        compiled = compile_stage(stages[0])
+        print(report.memory_table(*shapes[:2], compiled, jax.device_count()))
         return
 
     # ---------------------------------------------------------------------------- state, or resume
     # A workdir belongs to one recipe. Its newest complete checkpoint is the state; without one the
-    # run starts afresh. Data, augmentation and dropout are functions of seed and step alone, so the
-    # checkpoint needs nothing else.
+    # run starts afresh, from config.weights if there are any. Data, augmentation and dropout are
+    # functions of seed and step alone, so the checkpoint needs nothing else.
     if not WORKDIR.value:
         raise InputError("--workdir=DIR is missing: where checkpoints, metrics and events go")
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    if host == 0:
-        recorder.claim(workdir, json.loads(config.to_json()))
+    recorder.claim(workdir, json.loads(config.to_json()), write=host == 0)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state = devices.init(init, key)
+    if config.weights and checkpoints.latest is None:
+        state = devices.init(
+            init, load_params(config.weights, model, key=key, new_head=config.new_head)
+        )
+    else:
+        state = devices.init(draw, key)
     if checkpoints.latest is not None:
         state = checkpoints.restore(state)
+    frozen = devices.init(dict, teacher.params)
     first = int(state["step"])
     log = recorder.Recorder(workdir, step=first, total=total, active=host == 0)
     log.say(
         f"{report.count_of(state['params']):,} parameters, {train_images:,} training images, "
         f"{len(test_source):,} test images, {total:,} steps on {jax.device_count()} "
-        f"{jax.default_backend()} device(s)"
+        f"{jax.default_backend()} device(s) of {hosts} process(es)"
     )
     if first:
         log.say(f"going on from the checkpoint of step {first:,} in {workdir}")
@@ -144,6 +179,7 @@ def main() -> None:
         params, sums = steps.eval_params(state), []
         with test_batches() as batches:
             for batch in batches:
+                log.damaged(batch, test_source)
                 jax.block_until_ready(sums[-1:])  # as in training, one batch ahead of the device
                 sums.append(eval_step(model)(params, devices.put(batch)))
         return metrics.means(sums, "test")
@@ -154,74 +190,93 @@ def main() -> None:
         every = epochs * train_images / config.batch_size  # steps, not always a whole number
         return step == total or (every > 0 and step // every > (step - 1) // every)
 
+    def check(step: int, figures: dict[str, jax.Array], images: list[int]) -> None:
+        """Awaits a step; raises InputError if its loss or gradients are not finite."""
+        figures = {name: float(value) for name, value in figures.items()}
+        if not all(map(math.isfinite, figures.values())):
+            checkpoints.wait()
+            raise recorder.broken(workdir, step, figures, images, checkpoints.latest)
+
     train_batches = pipeline.train_batches(
         train_source,
         **config.augment,
+        fill=card.fill,
+        logits=teacher.logits,
         seed=config.seed,
         batch_size=config.batch_size,
         start=first,
         **view,
     )
-    stage, last_loss, scores, clock = None, 0.0, None, timing.Clock()
-    with contextlib.closing(train_batches):
+    programs = parallel.Programs(compile_stage)
+    used, last, scores, clock = set(), None, None, timing.Clock()
+    with contextlib.closing(train_batches), contextlib.closing(programs):
         for step in range(first + 1, total + 1):
             with clock.waiting():
-                batch = devices.put(next(train_batches))
-            previous, stage = stage, plan.stage_at(stages, step - 1)
-            if stage is previous:
-                state, loss = train_step(stage.keep)(state, batch)
-                clock.images += config.batch_size
-            else:
+                batch = next(train_batches)
+                images = log.damaged(batch, train_source)
+                batch = devices.put(batch)
+            stage = plan.stage_at(stages, step - 1, config.seed)
+            if stage not in used:
+                used.add(stage)
                 with clock.paused():  # compiling is not training
-                    started = time.perf_counter()
-                    state, loss = jax.block_until_ready(train_step(stage.keep)(state, batch))
-                    seconds = time.perf_counter() - started
-                    tokens = report.runs(model.clone(keep=stage.keep).tokens_per_block)
-                    log.say(f"step {step}: tokens {tokens}, compiled in {seconds:.1f} s")
+                    log.say(
+                        f"step {step}: {report.stage_line(model, stage)}, {programs.wait(stage)}"
+                    )
+                for later in stages:
+                    if later.step >= stage.step:
+                        programs.start(later)
+            state, figures = programs[stage](state, batch, frozen)
+            clock.images += config.batch_size
             # One step runs while the next batch is fetched. More would hide the wait for data.
-            jax.block_until_ready(last_loss)
-            last_loss = loss
+            if last:
+                check(*last)
+            last = step, figures, images
             log.bar.update()
 
             logging = step % config.run.log_every == 0 or step == total
             evaluating = completes(step, config.run.eval_every)
-            saving = completes(step, config.run.checkpoint_every)
+            stopping = stop.at(step) and step < total
+            saving = completes(step, config.run.checkpoint_every) or stopping
             if not (logging or evaluating or saving):
                 continue
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {float(loss)} at step {step} (latest checkpoint: step "
-                    f"{checkpoints.latest}); start again in another workdir with a lower "
-                    "--config.optimizer.lr or with --config.optimizer.clip_norm=1"
-                )
-            figures = dict(step=step, epoch=step * config.batch_size / train_images)
+            check(*last)
+            at = dict(step=step, epoch=step * config.batch_size / train_images)
             if logging:
                 means = metrics.means([state["metrics"]], "train")
                 now = dict(lr=float(schedule(step - 1)), keep_rate=stage.keep_rate)
-                log.write(figures | means | now | clock.read())
+                now |= dict(grad_norm=float(figures["grad_norm"]))
+                log.write(at | means | now | clock.read())
                 state["metrics"] = devices.init(metrics.zeros)
             with clock.paused():
                 scores = None  # those of the last step are the result's
                 if evaluating:
                     scores = evaluate(model)
-                    log.write(figures | scores)
+                    log.write(at | scores)
                 if saving:
                     checkpoints.save(step, state, scores)
+            if stopping:
+                checkpoints.wait()
+                log.say(f"stopped after step {step}, and saved; run the same line again to go on")
+                log.close()
+                return
         checkpoints.wait()
 
     # ------------------------------------------------ the result, beside the same weights run dense
-    variants = {"dense": dense}
-    if any(keep is not None for keep in model.keep):
-        variants = {"reduced": model, "dense": dense}
+    variants = dict(reduced=model, dense=dense)
+    if config.sandwich:
+        variants = {f"{rate:g}": at_rate(rate) for rate in sorted(set(config.sandwich))}
+    elif not any(model.keep):
+        variants = dict(dense=dense)
     with test_batches() as batches:
         batch = devices.put(next(batches))
     params = steps.eval_params(state)
     seconds = timing.take_turns(
-        {name: functools.partial(eval_step(variants[name]), params, batch) for name in variants}
+        {name: functools.partial(eval_step(variants[name]), params, batch) for name in variants},
+        seconds=0.2 if hosts == 1 else 0,  # processes have to make the same calls
     )
     rows = {
         name: dict(tokens=variant.tokens_per_block, macs=macs(variant))
-        | (scores if scores and variant is model else evaluate(variant))
+        | (scores if scores and variant == model else evaluate(variant))
         | dict(images_per_second=(config.run.test_batch_size / seconds[name]).tolist())
         for name, variant in variants.items()
     }

@@ -23,8 +23,14 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initial weights, order of the data, augmentation, DropPath
     config.batch_size = 128  # images per step, over all devices
     config.epochs = 30.0  # passes over the training images
+    config.weights = ""  # start from this file's, see create_model; "" draws them
+    config.new_head = False  # draw the classifier, where the file has none or other classes
     config.label_smoothing = 0.1
     config.ema_decay = 0.0  # of the averaged weights, which are then evaluated; 0 keeps none
+    # Keep rates that one checkpoint shall serve, such as (1.0, 0.7, 0.5): every step trains the
+    # largest, the smallest and a random one between, and the smaller ones also learn from the
+    # largest one's logits. Evaluation during training is at model.keep_rate. () trains only that.
+    config.sandwich = ()
     config.dry_run = False  # print parameters, token plan, MACs and memory, then stop
 
     config.model = ConfigDict()
@@ -39,6 +45,7 @@ def get_config() -> ConfigDict:
     config.model.image_size = placeholder(tuple)  # 240 or (height, width); None: its own
     config.model.drop_path_rate = 0.0  # stochastic depth of the last block, linear from the first
     config.model.dropout_rate = 0.0
+    config.model.remat = False  # recompute in the backward pass: less memory, a third more work
     config.model.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU
 
     config.keep_warmup = ConfigDict()  # lowers the keep rate from 1 along a cosine
@@ -59,16 +66,41 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "folder"  # digits, folder, synthetic, tfds
     config.data.dir = ""  # folder: holds train/ and val/; tfds: the prepared data set
+    config.data.classes = ""  # folder: JSON list of class folders in the model's order
+    config.data.cache = False  # keep decoded images in memory: for small sets
+    config.data.damaged = "stop"  # at an image that cannot be read, or "skip" and name it
 
-    config.augment = ConfigDict()  # of the training images
+    config.augment = ConfigDict()  # of the training images, on the host
     config.augment.scale = (0.08, 1.0)  # area of the random crop
     config.augment.ratio = (3 / 4, 4 / 3)  # its aspect
     config.augment.flip = True  # left and right, half of the time
+    config.augment.randaugment_magnitude = 0.0  # 9 in DeiT (rand-m9-mstd0.5-inc1); 0: off
+    config.augment.randaugment_std = 0.5  # of the magnitude
+    config.augment.randaugment_layers = 2  # operations per image
+    config.augment.color_jitter = 0.0  # where RandAugment is off
+    config.augment.repeats = 1  # times an image is drawn in a row (repeated augmentation; DeiT: 3)
 
-    config.run = ConfigDict()  # may change when a run is resumed: no result depends on it
+    config.mix = ConfigDict()  # and on the device
+    config.mix.erasing = 0.0  # probability of random erasing (pixel mode); DeiT: 0.25
+    config.mix.mixup = 0.0  # alpha of its beta distribution; DeiT: 0.8
+    config.mix.cutmix = 0.0  # the same; DeiT: 1.0
+    config.mix.switch = 0.5  # how often cutmix, where both are on
+
+    config.distill = ConfigDict()
+    config.distill.teacher = ""  # a model's name; "self": the student run dense; FILE.npy: logits
+    config.distill.weights = ""  # of the named model
+    config.distill.hard = True  # learn its decisions; False: its softened probabilities
+    config.distill.alpha = 0.5  # share of its part in the loss
+    config.distill.temperature = 1.0  # of soft distillation
+
+    config.run = ConfigDict()  # may change when a run is resumed: only rounding depends on it
+    config.run.parallel = "jit"  # or "pmap"
+    config.run.shard_params = False  # jit: spread the state over the devices too, to save memory
+    config.run.accumulate = 1  # micro-batches of a step, one after the other, to save memory
     config.run.test_batch_size = 256  # over all devices
     config.run.log_every = 50  # steps
     config.run.eval_every = 1.0  # epochs; 0: only at the end
     config.run.checkpoint_every = 1.0  # epochs; 0: only at the end
     config.run.threads = 0  # that decode images; 0: one per processor
+    config.run.workers = 0  # processes that do it instead, for many processors
     return config.lock()

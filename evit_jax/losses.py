@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses, in float32, one value per image."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -13,3 +15,38 @@ def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Logits and target probabilities (B, num_classes) -> (B,) float32 nats."""
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
+
+
+def divergence(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Kullback-Leibler divergence of softmax(logits) from target probabilities, (B,) nats."""
+    return cross_entropy(logits, targets) + jnp.sum(jax.scipy.special.xlogy(targets, targets), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Learning from a teacher's logits as well as from labels (DeiT, Touvron et al. 2021).
+
+    The loss is (1 - alpha) * cross entropy with the labels + alpha * the teacher's part: with
+    `hard` the cross entropy with the teacher's decision, else temperature^2 times the divergence of
+    the softened student from the softened teacher. (DeiT's code divides the latter by the number of
+    classes as well, which its paper does not.)
+    """
+
+    hard: bool = True
+    alpha: float = 0.5
+    temperature: float = 1.0  # of soft distillation
+
+    def targets(self, logits: jax.Array) -> jax.Array:
+        """The teacher's logits (B, C) -> the probabilities to learn, without a gradient."""
+        logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
+        if self.hard:
+            return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+        return jax.nn.softmax(logits / self.temperature)
+
+    def loss(self, base: jax.Array, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """The labels' loss (B,), the student's logits and `targets` (B, C) -> (B,)."""
+        if self.hard:
+            learnt = cross_entropy(logits, targets)
+        else:
+            learnt = self.temperature**2 * divergence(logits / self.temperature, targets)
+        return (1 - self.alpha) * base + self.alpha * learnt

@@ -1,43 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows about devices: data parallelism by jit over a mesh.
+"""The only file that knows about devices and processes.
 
-Batches are split over the mesh's one axis, the state is the same on every device, and XLA puts in
-the sums over devices that this asks for. A step is an ordinary function of the whole batch.
+`DataParallel` is jit over a mesh: batches are split over its one axis, the state is the same on
+every device or, on request, sharded over the same axis, and XLA puts in the sums and gathers that
+this asks for; a step is an ordinary function of the whole batch. `PmapParallel` is the second mode
+behind the same interface: every device runs the step on its own part of the batch.
 """
 
 import functools
+import signal
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from evit_jax.errors import InputError
+from evit_jax.errors import InputError, check_name
+
+AXIS = "data"
 
 
 class DataParallel:
     """Places batches and states on a mesh and compiles steps for it."""
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None):
-        """Uses all devices of all processes unless told which."""
-        devices = np.asarray(jax.devices() if devices is None else devices)
-        self.mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-        self.replicated = NamedSharding(self.mesh, PartitionSpec())
-        self.split = NamedSharding(self.mesh, PartitionSpec("data"))
+    def __init__(self, devices: Sequence[jax.Device] | None = None, *, shard_params: bool = False):
+        """Uses all devices of all processes unless told which.
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raises InputError unless every device gets the same number of images."""
-        devices = self.mesh.size
-        if batch_size < 1 or batch_size % devices:
-            near = max(round(batch_size / devices), 1) * devices
+        `shard_params` keeps only a part of every large array of the state on each device (fully
+        sharded data parallelism): for models that do not fit otherwise, at the cost of gathering
+        them for every use.
+        """
+        devices = np.asarray(jax.devices() if devices is None else devices)
+        self.mesh = Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        self.shard_params = shard_params
+
+    def check_batch_size(self, batch_size: int, *, accumulate: int = 1, pairs: bool = False):
+        """Raises InputError unless every device gets the same number of images.
+
+        With gradient accumulation also in each micro-batch, and whole pairs where images are mixed.
+        """
+        devices, unit = self.mesh.size, self.mesh.size * accumulate * (1 + pairs)
+        if batch_size < 1 or batch_size % unit:
+            near = max(round(batch_size / unit), 1) * unit
+            parts = f"{devices} device(s)"
+            if accumulate > 1:
+                parts += f" x {accumulate} micro-batches"
+            if pairs:
+                parts += " x 2, as images are mixed in pairs"
+            name = f"the {parts}" if unit == devices else f"{unit} ({parts})"
             raise InputError(
-                f"batch_size must be a positive multiple of the {devices} device(s), "
-                f"got {batch_size}; try {near}"
+                f"batch_size must be a positive multiple of {name}, got {batch_size}; try {near}"
             )
 
+    def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Where an array of the state lives: everywhere, or split along its longest axis."""
+        devices = self.mesh.size
+        axes = [i for i, side in enumerate(shape) if side % devices == 0]
+        if not self.shard_params or not axes or np.prod(shape) < 1024 * devices:
+            return self.replicated
+        longest = max(axes, key=lambda i: shape[i])
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, AXIS))
+
+    def shardings(self, tree):
+        """`sharding` of every array, or shape, of a tree."""
+        return jax.tree.map(lambda leaf: self.sharding(leaf.shape), tree)
+
     def init(self, function: Callable, *args):
-        """Runs `function` with its result on every device."""
-        return jax.jit(function, out_shardings=self.replicated)(*args)
+        """Runs `function`, with its result where the state lives."""
+        shardings = self.shardings(jax.eval_shape(function, *args))
+        return jax.jit(function, out_shardings=shardings)(*args)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's part of a batch -> the global batch, split over devices."""
@@ -45,30 +81,180 @@ class DataParallel:
             lambda array: jax.make_array_from_process_local_data(self.split, array), batch
         )
 
-    def compile_train(self, step: Callable) -> Callable:
-        """(state, batch) -> (state, loss). The state passed in is given up."""
-        return self.compile(step, donate_argnums=0)
+    def compile_train(self, step: Callable, state: dict, batch: dict, frozen: dict) -> Callable:
+        """Compiles (state, batch, frozen) -> (state, figures); the state passed in is given up.
+
+        Args:
+          step: a function like `steps.train_step`.
+          state, batch, frozen: arrays, or the global shapes and dtypes of arrays.
+        """
+        states = self.shardings(state)
+        lowered = jax.jit(
+            step,
+            in_shardings=(states, self.split, self.replicated),
+            out_shardings=(states, self.replicated),
+            donate_argnums=0,
+        ).lower(*shapes_of((state, batch, frozen)))
+        return self.one_at_a_time(lowered.compile())
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> result on every device."""
-        return self.compile(step)
+        return self.one_at_a_time(jax.jit(step, out_shardings=self.replicated))
 
-    def compile(self, step: Callable, **options) -> Callable:
-        """jit for (replicated, split over devices) -> replicated."""
-        compiled = jax.jit(
-            step,
-            in_shardings=(self.replicated, self.split),
-            out_shardings=self.replicated,
-            **options,
-        )
+    def one_at_a_time(self, program: Callable) -> Callable:
+        """The program itself, but on virtual CPU devices with its result awaited.
+
+        Two programs in flight there can each hold the threads that the other's sums over devices
+        wait for; XLA then aborts the process after a minute.
+        """
         if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "cpu":
-            return compiled
+            return program
+        return with_result(program, jax.block_until_ready)
 
-        # Two programs in flight on virtual CPU devices can each hold the threads that the other's
-        # sums over devices wait for; XLA then aborts the process after a minute.
-        @functools.wraps(compiled)
-        def one_at_a_time(*args):
-            return jax.block_until_ready(compiled(*args))
 
-        one_at_a_time.lower = compiled.lower
-        return one_at_a_time
+class PmapParallel(DataParallel):
+    """The same by pmap: batches get a leading axis of devices, steps the name of an axis."""
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This process's part of a batch -> (its devices, images of each, ...)."""
+        return jax.tree.map(lambda a: a.reshape(jax.local_device_count(), -1, *a.shape[1:]), batch)
+
+    def compile_train(self, step: Callable, state: dict, batch: dict, frozen: dict) -> Callable:
+        step = functools.partial(step, axis=AXIS)
+        program = jax.pmap(
+            step, AXIS, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
+        )
+        if jax.process_count() > 1:  # pmap cannot compile ahead there, it does at the first call
+            return self.everywhere(program)
+
+        def part(a):  # of the global batch
+            each = a.shape[0] // self.mesh.size
+            return jax.ShapeDtypeStruct((self.mesh.size, each, *a.shape[1:]), a.dtype)
+
+        state, batch, frozen = shapes_of((state, batch, frozen))
+        return self.everywhere(program.lower(state, jax.tree.map(part, batch), frozen).compile())
+
+    def compile_eval(self, step: Callable) -> Callable:
+        step = functools.partial(step, axis=AXIS)
+        return self.everywhere(jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None))
+
+    def everywhere(self, program: Callable) -> Callable:
+        """Its results as global arrays.
+
+        Across processes pmap leaves arrays that belong to one process, which cannot be saved.
+        """
+
+        def globally(array):
+            shards = [shard.data for shard in array.addressable_shards]
+            return jax.make_array_from_single_device_arrays(array.shape, self.replicated, shards)
+
+        if jax.process_count() > 1:
+            program = with_result(program, functools.partial(jax.tree.map, globally))
+        return self.one_at_a_time(program)
+
+
+def shapes_of(tree):
+    """Arrays -> their shapes and dtypes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def with_result(program: Callable, function: Callable) -> Callable:
+    """The program, followed by a function of its result."""
+
+    def followed(*args):
+        return function(program(*args))
+
+    followed.memory_analysis = getattr(program, "memory_analysis", None)  # what XLA says of it
+    return followed
+
+
+MODES = {"jit": DataParallel, "pmap": PmapParallel}
+
+
+def choose(mode: str, *, shard_params: bool = False) -> DataParallel:
+    """The mode by its name, over all devices of all processes."""
+    check_name("parallel mode", mode, MODES)
+    if mode == "pmap" and shard_params:
+        raise InputError("pmap keeps all parameters on every device; shard_params needs jit")
+    return DataParallel(shard_params=shard_params) if mode == "jit" else PmapParallel()
+
+
+def start_processes(text: str) -> None:
+    """Joins the processes of a run; call it before anything else of JAX.
+
+    Args:
+      text: "" for a single process, "auto" where JAX finds the others itself (TPU pods, Slurm,
+        Open MPI, Kubernetes), else "HOST:PORT,COUNT,NUMBER": where process 0 listens, how many
+        there are and which this one is.
+    """
+    if not text:
+        return
+    if text == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        address, count, number = text.split(",")
+        host, port = address.rsplit(":", 1)
+        settings = dict(num_processes=int(count), process_id=int(number))
+        right = host and int(port) > 0 and 0 <= int(number) < int(count)
+    except ValueError:
+        right = False
+    if not right:
+        raise InputError(
+            '--processes must be "auto" or HOST:PORT,COUNT,NUMBER with NUMBER from 0 to COUNT - 1, '
+            f"got {text!r}"
+        )
+    jax.distributed.initialize(address, **settings)
+
+
+class Stop:
+    """Whether somebody wants the run to end: SIGTERM, or Ctrl-C once (twice ends it at once)."""
+
+    def __init__(self):
+        self.asked = False
+        if not jax.distributed.is_initialized():  # JAX's own handler spreads it over processes
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.ask)
+
+    def ask(self, number: int, _) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer in all processes."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked
+
+
+class Programs:
+    """Compiled programs by key, made one at a time in the background before they are needed."""
+
+    def __init__(self, compile: Callable):
+        """`compile(key)` returns the program."""
+        self.compile, self.pool, self.started = compile, ThreadPoolExecutor(1), {}
+
+    def start(self, key) -> None:
+        """Begins to compile, unless that has begun before."""
+        if key not in self.started:
+            self.started[key] = self.pool.submit(self.timed, key)
+
+    def timed(self, key) -> tuple[Callable, float]:
+        start = time.perf_counter()
+        return self.compile(key), time.perf_counter() - start
+
+    def wait(self, key) -> str:
+        """Returns when the program is there, and how long it took, in words."""
+        start = time.perf_counter()
+        self.start(key)
+        _, seconds = self.started[key].result()
+        waited = time.perf_counter() - start
+        return f"compiled in {seconds:.1f} s, of which {waited:.1f} s were waited for"
+
+    def __getitem__(self, key) -> Callable:
+        self.start(key)
+        return self.started[key].result()[0]
+
+    def close(self) -> None:
+        """Begins no further ones."""
+        self.pool.shutdown(wait=False, cancel_futures=True)

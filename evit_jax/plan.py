@@ -11,6 +11,7 @@ and `smallest` (the fewest it can keep of n).
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -176,11 +177,13 @@ class Stage(NamedTuple):
     """From `step` on, until the next stage, each block keeps `keep`.
 
     `keep_rate` is the nominal rate for logs, None where counts were given instead of rates.
+    `others` are further plans trained in the same steps, see `sandwich`.
     """
 
     step: int
     keep_rate: float | None
     keep: Keep
+    others: tuple[Keep, ...] = ()
 
 
 def stages(
@@ -226,6 +229,32 @@ def stages(
     return tuple(table)
 
 
-def stage_at(table: tuple[Stage, ...], step: int) -> Stage:
-    """The stage in which `step` (counted from 0) is taken."""
-    return max((stage for stage in table if stage.step <= step), key=lambda stage: stage.step)
+def sandwich(planner: Callable[[float], Keep], rates: Sequence[float]) -> tuple[Stage, ...]:
+    """Every step trains the largest rate, the smallest and one of those between, drawn at random.
+
+    That is the sandwich rule of universally slimmable networks (Yu and Huang 2019); afterwards one
+    checkpoint serves all the rates. There is a stage, and a compiled program, for each rate between
+    the two, all from step 0.
+
+    Args:
+      planner: keep rate -> what each block keeps.
+      rates: at least two different keep rates.
+    """
+    rates = sorted({check_rate(rate) for rate in rates}, reverse=True)
+    if len(rates) < 2:
+        raise InputError(f"sandwich needs at least two different keep rates, got {rates}")
+    largest, *between, smallest = rates
+    return tuple(
+        Stage(0, rate, planner(largest), tuple(planner(r) for r in dict.fromkeys((rate, smallest))))
+        for rate in between or [smallest]
+    )
+
+
+def stage_at(table: tuple[Stage, ...], step: int, seed: int = 0) -> Stage:
+    """The stage in which `step` (counted from 0) is taken.
+
+    Among several that begin together it is drawn at random, as a function of seed and step.
+    """
+    latest = max(stage.step for stage in table if stage.step <= step)
+    rows = [stage for stage in table if stage.step == latest]
+    return rows[random.Random(f"{seed} {step}").randrange(len(rows))]

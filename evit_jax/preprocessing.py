@@ -26,8 +26,24 @@ class Preprocessing:
         if not 0 < self.crop <= 1:
             raise InputError(f"crop is a fraction in (0, 1], got {self.crop}")
 
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean as a uint8 colour, for pixels that augmentation uncovers."""
+        return tuple(min(round(255 * value), 255) for value in self.mean)
+
     def normalise(self, images: jax.Array) -> jax.Array:
         """(..., 3) uint8 RGB -> float32 with the model's mean and standard deviation."""
-        ones = (1,) * (images.ndim - 1)
-        mean, std = (jnp.float32(value).reshape(*ones, 3) for value in (self.mean, self.std))
+        mean, std = self.per_channel(images.ndim)
         return (images.astype(jnp.float32) / 255 - mean) / std
+
+    def renormalise(self, images: jax.Array, other: "Preprocessing") -> jax.Array:
+        """Images normalised with this card -> normalised with the other one's mean and std."""
+        (mean, std), (mean_there, std_there) = (
+            card.per_channel(images.ndim) for card in (self, other)
+        )
+        return (images * std + (mean - mean_there)) / std_there
+
+    def per_channel(self, ndim: int) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation, shaped for images of so many dimensions."""
+        ones = (1,) * (ndim - 1)
+        return tuple(jnp.float32(value).reshape(*ones, 3) for value in (self.mean, self.std))

@@ -27,10 +27,21 @@ RANGES = {
     "optimizer.b2": (0, BELOW_ONE),
     "augment.scale": (POSITIVE, 1),
     "augment.ratio": (POSITIVE, math.inf),
+    "augment.randaugment_magnitude": (0, 10),
+    "augment.randaugment_std": (0, math.inf),
+    "augment.randaugment_layers": (0, 15),
+    "augment.color_jitter": (0, 1),
+    "augment.repeats": (1, 100),
+    "mix.erasing": (0, 1),
+    "mix.mixup": (0, math.inf),
+    "mix.cutmix": (0, math.inf),
+    "mix.switch": (0, 1),
+    "run.accumulate": (1, math.inf),
     "run.log_every": (1, math.inf),
     "run.eval_every": (0, math.inf),
     "run.checkpoint_every": (0, math.inf),
     "run.threads": (0, 1024),
+    "run.workers": (0, 1024),
 }
 
 
@@ -42,7 +53,7 @@ def check_ranges(config: Mapping) -> None:
     """
     for field, (low, high) in RANGES.items():
         value = config[field]
-        pair = field.startswith("augment.")
+        pair = field in ("augment.scale", "augment.ratio")
         numbers = tuple(value) if pair else (value,)
         if pair and (len(numbers) != 2 or numbers[0] > numbers[1]):
             raise InputError(f"{field} must be two numbers, the smaller first, got {value}")

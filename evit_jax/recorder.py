@@ -3,9 +3,11 @@
 
 config.json    the recipe; another recipe is refused
 metrics.jsonl  one JSON object per log line and evaluation
+broken_batch.json  only after a loss that was not finite: its step and its images
 tensorboard/   the same scalars, where the extra `tensorboard` is installed
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -15,9 +17,9 @@ from tqdm import tqdm
 from evit_jax import report
 from evit_jax.errors import InputError
 
-# What may differ when a run is resumed: it changes where files are and how often something is
-# shown, never the result.
-FREE = ("run.", "data.dir", "dry_run")
+# What may differ when a run is resumed: it changes where things are and how fast, and how often
+# something is shown; of the result only rounding.
+FREE = ("run.", "data.dir", "data.cache", "model.remat", "dry_run")
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
@@ -29,15 +31,20 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def claim(workdir: Path, config: dict) -> None:
+def claim(workdir: Path, config: dict, *, write: bool = True) -> None:
     """Makes `workdir` the folder of the run with this recipe, or checks that it is.
+
+    Of several processes one does the writing; all of them check.
 
     Raises:
       InputError: it belongs to a run with another recipe; the text shows the difference.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
+    if write:
+        workdir.mkdir(parents=True, exist_ok=True)
     if not path.exists():
+        if not write:
+            return
         if (workdir / "checkpoints").exists():
             raise InputError(f"{workdir} has checkpoints but no config.json; use another workdir")
         write_whole(path, json.dumps(config, indent=2) + "\n")
@@ -53,7 +60,8 @@ def claim(workdir: Path, config: dict) -> None:
         if there.get(key) != here.get(key) and not key.startswith(FREE)
     ]
     if not any(saved.name.isdigit() for saved in (workdir / "checkpoints").glob("*")):
-        write_whole(path, json.dumps(config, indent=2) + "\n")  # nothing to lose yet
+        if write:  # nothing to lose yet
+            write_whole(path, json.dumps(config, indent=2) + "\n")
     elif differences:
         raise InputError(
             f"{workdir} belongs to a run with another configuration: {'; '.join(differences)}; "
@@ -74,6 +82,30 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def broken(
+    workdir: Path, step: int, figures: dict[str, float], indices: list[int], latest: int | None
+) -> InputError:
+    """What to tell the user, and to keep in the workdir, when a step's figures are not finite.
+
+    Args:
+      indices: places of the step's images in the training data, of this process.
+      latest: step of the latest checkpoint.
+    """
+    path = workdir / "broken_batch.json"
+    with contextlib.suppress(OSError):  # a full disk must not hide the message
+        write_whole(path, json.dumps(dict(step=step, indices=indices)) + "\n")
+    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    kept = "there is no checkpoint yet"
+    if latest is not None:
+        kept = f"the last good checkpoint is that of step {latest}"
+    said = ", ".join(f"{name} {value}" for name, value in figures.items())
+    return InputError(
+        f"step {step} is not finite ({said}); {kept}; its images are number {shown} of the "
+        f"training data (all of them in {path}); start again in another workdir with a lower "
+        "--config.optimizer.lr or with --config.optimizer.clip_norm=1"
+    )
+
+
 class Recorder:
     """Writes a run's figures where people and programs look for them.
 
@@ -90,7 +122,7 @@ class Recorder:
         self.bar = tqdm(
             total=total, initial=step, unit="step", leave=False, disable=None if active else True
         )
-        self.board = None
+        self.board, self.skipped = None, set()
         if not active:
             return
         path = workdir / "metrics.jsonl"
@@ -108,6 +140,17 @@ class Recorder:
         """One line for people, above the progress bar."""
         if self.active:
             tqdm.write(text)
+
+    def damaged(self, batch: dict, source) -> list[int]:
+        """Takes `index` and `damaged` out of a host batch; names images skipped for the first time.
+
+        Returns the places of the batch's images in the source.
+        """
+        index, damaged = batch.pop("index"), batch.pop("damaged")
+        for number in set(index[damaged].tolist()) - self.skipped:
+            self.skipped.add(number)
+            self.say(f"skipped damaged image {len(self.skipped)}: {source[number]['name']}")
+        return index.tolist()
 
     def write(self, figures: dict) -> None:
         """Figures, `step` and `epoch` among them: a JSON line, TensorBoard scalars, a log line."""

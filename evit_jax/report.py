@@ -78,11 +78,13 @@ def result_table(rows: dict[str, dict]) -> str:
                 f"{np.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})",
             ]
         )
-    *others, (_, base) = rows.items()
+    *others, (last, base) = rows.items()
     for name, row in others:
         fewer, faster = base["macs"] / row["macs"], speedup(row, base)
         gain = 100 * (row["test_top1"] - base["test_top1"])
-        cells.append([f"{name} over dense", "", f"1/{fewer:.3f}", f"{gain:+.2f}", f"x{faster:.2f}"])
+        cells.append(
+            [f"{name} over {last}", "", f"1/{fewer:.3f}", f"{gain:+.2f}", f"x{faster:.2f}"]
+        )
     return table(cells)
 
 
@@ -135,18 +137,23 @@ def memory_table(state: dict, batch: dict, compiled, devices: int) -> str:
     return table(rows)
 
 
+def stage_line(model, stage) -> str:
+    """A stage's tokens in a few words."""
+    plans = (stage.keep, *stage.others)
+    return "tokens " + " with ".join(runs(model.clone(keep=p).tokens_per_block) for p in plans)
+
+
 def stage_table(model, stages, *, steps_per_epoch: int) -> str:
-    """The keep-rate warm-up: from which epoch on each block has how many tokens."""
+    """The keep rates in training: from which epoch on each block has how many tokens.
+
+    Where several plans are trained together, there is a line for each.
+    """
     rows = [["from epoch", "keep rate", "tokens after each block", "GMACs"]]
-    for step, keep_rate, keep in stages:
-        stage = model.clone(keep=keep)
-        rate = "" if keep_rate is None else f"{keep_rate:.3g}"
-        rows.append(
-            [
-                f"{step / steps_per_epoch:g}",
-                rate,
-                runs(stage.tokens_per_block),
-                f"{macs(stage) / 1e9:.4g}",
-            ]
-        )
+    for stage in stages:
+        for i, keep in enumerate((stage.keep, *stage.others)):
+            variant = model.clone(keep=keep)
+            rate = "" if stage.keep_rate is None or stage.others else f"{stage.keep_rate:.3g}"
+            when = f"{stage.step / steps_per_epoch:g}" if i == 0 else "with"
+            tokens = runs(variant.tokens_per_block)
+            rows.append([when, rate, tokens, f"{macs(variant) / 1e9:.4g}"])
     return table(rows)

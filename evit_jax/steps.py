@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step and one evaluation step, as pure functions that know nothing of devices.
 
-The model is an argument: each stage of the keep-rate warm-up is the same step with another model
+The models are arguments: each stage of the keep-rate warm-up is the same step with another model
 over the same parameters. The state is a dict of arrays alone:
 
     step       int32, steps taken
@@ -9,15 +9,40 @@ over the same parameters. The state is a dict of arrays alone:
     opt_state  optax's
     ema        like params, only if averaging is on
     metrics    sums since the last log line; here, so that a resumed run logs the same means
+
+A step sees the whole batch or, under pmap, one device's part of it and the name of the `axis` over
+which to sum. What it draws at random depends on seed, step and each image's place in the whole
+batch, so devices, processes and micro-batches change nothing but rounding.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from evit_jax import losses, metrics
+from evit_jax.mix import Mix
+from evit_jax.preprocessing import Preprocessing
 
 State = dict
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a training step does besides applying the model."""
+
+    preprocessing: Preprocessing
+    optimizer: optax.GradientTransformation
+    mix: Mix  # random erasing, mixup, cutmix
+    seed: int = 0
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    accumulate: int = 1  # micro-batches whose gradients are averaged
+    distillation: losses.Distillation | None = None
+    teacher: object = None  # a Linen module; None where the batch brings the teacher's logits
+    teacher_preprocessing: Preprocessing | None = None
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> State:
@@ -31,12 +56,17 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bo
     return state | dict(ema=jax.tree.map(jnp.copy, params)) if ema else state
 
 
-def batch_shapes(image_size: tuple[int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    image_size: tuple[int, int], batch_size: int, teacher_classes: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a training batch."""
-    return dict(
+    shapes = dict(
         image=jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.uint8),
         label=jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     )
+    if teacher_classes:
+        shapes["teacher"] = jax.ShapeDtypeStruct((batch_size, teacher_classes), jnp.float32)
+    return shapes
 
 
 def eval_params(state: State) -> dict:
@@ -44,41 +74,114 @@ def eval_params(state: State) -> dict:
     return state.get("ema", state["params"])
 
 
-def loss_and_metrics(params, batch, key, *, model, preprocessing, label_smoothing):
-    """Mean loss of a training batch (image uint8 (B, H, W, 3), label int32 (B,)), metric sums."""
-    images = preprocessing.normalise(batch["image"])
-    logits, _ = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-    targets = losses.smooth_labels(batch["label"], logits.shape[-1], label_smoothing)
-    loss = losses.cross_entropy(logits, targets)
-    return jnp.mean(loss), metrics.sums(logits, batch["label"], loss)
+def prepare(
+    batch: Batch, index: jax.Array, key: jax.Array, *, num_classes: int, recipe: Recipe
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Normalised, erased and mixed images, and what to learn of them, mixed the same way."""
+    images = recipe.preprocessing.normalise(batch["image"])
+    targets = dict(label=losses.smooth_labels(batch["label"], num_classes, recipe.label_smoothing))
+    if "teacher" in batch:
+        targets["teacher"] = recipe.distillation.targets(batch["teacher"])
+    return recipe.mix(images, targets, key, index)
+
+
+def image_losses(logits: jax.Array, out: dict, targets: dict, recipe: Recipe) -> jax.Array:
+    """(B,) losses. A distilled model's class head learns the labels, its other one the teacher."""
+    if "teacher" not in targets:
+        return losses.cross_entropy(logits, targets["label"])
+    base = losses.cross_entropy(out.get("logits_cls", logits), targets["label"])
+    return recipe.distillation.loss(base, out.get("logits_dist", logits), targets["teacher"])
+
+
+def gradients(
+    params: dict,
+    frozen: dict,
+    batch: Batch,
+    index: jax.Array,
+    key: jax.Array,
+    *,
+    models: tuple,
+    recipe: Recipe,
+) -> tuple[dict, jax.Array, dict]:
+    """(gradients of the mean loss, that loss, metric sums) for images with places `index` (B,).
+
+    The first model learns from the labels, and the teacher where there is one; the others, which
+    run the same parameters with fewer tokens, learn from the first one's logits as well (the
+    sandwich rule and in-place distillation of universally slimmable networks, Yu and Huang 2019,
+    with the labels kept). Their losses are averaged.
+    """
+    mix_key, drop_key = jax.random.split(key)
+    images, targets = prepare(
+        batch, index, mix_key, num_classes=models[0].num_classes, recipe=recipe
+    )
+    if recipe.teacher is not None:
+        seen = images
+        if recipe.teacher_preprocessing:
+            seen = recipe.preprocessing.renormalise(images, recipe.teacher_preprocessing)
+        # Without weights of its own the teacher is the student's dense twin.
+        logits, _ = recipe.teacher.apply({"params": frozen.get("teacher", params)}, seen)
+        targets["teacher"] = recipe.distillation.targets(logits)
+
+    first, total = None, None
+    for model in models:
+
+        def objective(params, model=model, first=first):
+            rngs = dict(dropout=drop_key)
+            logits, out = model.apply(
+                {"params": params}, images, train=True, index=index, rngs=rngs
+            )
+            loss = image_losses(logits, out, targets, recipe)
+            if first is not None:
+                loss = loss + losses.divergence(logits, jax.nn.softmax(first))
+            return jnp.mean(loss) / len(models), (loss, logits)
+
+        (loss, (each, logits)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        if first is None:
+            first, sums = logits, metrics.sums(logits, batch["label"], each)
+            total = grads, loss
+        else:
+            total = jax.tree.map(jnp.add, total, (grads, loss))
+    return *total, sums
 
 
 def train_step(
-    state: State,
-    batch: dict[str, jax.Array],
-    *,
-    model,
-    optimizer: optax.GradientTransformation,
-    preprocessing,
-    label_smoothing: float,
-    ema_decay: float,
-    seed: int,
-) -> tuple[State, jax.Array]:
-    """The state after one more batch, and that batch's mean loss before it.
+    state: State, batch: Batch, frozen: dict, *, models: tuple, recipe: Recipe, axis=None
+) -> tuple[State, dict[str, jax.Array]]:
+    """The state after one more batch, and figures of that batch before it: loss and grad_norm.
 
-    Its randomness is a function of seed and step alone.
+    Args:
+      state: see above.
+      batch: image (B, H, W, 3) uint8, label (B,) int32, perhaps teacher (B, classes) logits.
+      frozen: {"teacher": its parameters} or {}.
+      models: Linen modules over the same parameters; one, unless several keep rates are trained.
+      recipe: everything else.
+      axis: of pmap, or None.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state["step"])
-    gradient = jax.value_and_grad(loss_and_metrics, has_aux=True)
-    (loss, sums), grads = gradient(
-        state["params"],
-        batch,
-        key,
-        model=model,
-        preprocessing=preprocessing,
-        label_smoothing=label_smoothing,
-    )
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
+    size = batch["label"].shape[0]
+    first = 0 if axis is None else jax.lax.axis_index(axis) * size
+    parts = batch, first + jnp.arange(size)
+
+    def one(part):
+        return gradients(state["params"], frozen, *part, key, models=models, recipe=recipe)
+
+    if recipe.accumulate == 1:
+        grads, loss, sums = one(parts)
+    else:
+        parts = jax.tree.map(lambda a: split(a, recipe.accumulate), parts)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, one(part)), None
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], parts))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        (grads, loss, sums), _ = jax.lax.scan(add, zeros, parts)
+        grads, loss = jax.tree.map(lambda a: a / recipe.accumulate, (grads, loss))
+    if axis is not None:
+        grads, loss = jax.lax.pmean((grads, loss), axis)
+        sums = jax.lax.psum(sums, axis)
+
+    updates, opt_state = recipe.optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     after = dict(
         step=state["step"] + 1,
@@ -88,14 +191,25 @@ def train_step(
     )
     if "ema" in state:
         # Early on the average is shorter, else it would remember the initial weights for long.
-        decay = jnp.minimum(ema_decay, (1 + state["step"]) / (10 + state["step"]))
+        decay = jnp.minimum(recipe.ema_decay, (1 + state["step"]) / (10 + state["step"]))
         after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-    return after, loss
+    return after, dict(loss=loss, grad_norm=optax.tree.norm(grads))
 
 
-def eval_step(params: dict, batch: dict[str, jax.Array], *, model, preprocessing) -> dict:
+def split(array: jax.Array, parts: int) -> jax.Array:
+    """(B, ...) -> (parts, B / parts, ...), taking neighbouring pairs in turn.
+
+    Pairs stay together because mixup takes them; and every part has images of every device.
+    """
+    rows = 2 if array.shape[0] % (2 * parts) == 0 else 1
+    array = array.reshape(-1, parts, rows, *array.shape[1:])
+    return jnp.moveaxis(array, 1, 0).reshape(parts, -1, *array.shape[3:])
+
+
+def eval_step(params: dict, batch: Batch, *, model, preprocessing, axis=None) -> dict:
     """Metric sums of a padded batch; `mask` (B,) is False for padding."""
     logits, _ = model.apply({"params": params}, preprocessing.normalise(batch["image"]))
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     loss = losses.cross_entropy(logits, targets)
-    return metrics.sums(logits, batch["label"], loss, batch["mask"])
+    sums = metrics.sums(logits, batch["label"], loss, batch["mask"])
+    return sums if axis is None else jax.lax.psum(sums, axis)

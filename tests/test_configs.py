@@ -2,6 +2,7 @@
 """Every file in configs/, its :debug variant and the arguments they share."""
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,36 @@ def test_the_learning_rate_follows_the_batch_size():
 def test_the_papers_tokens():
     model = build_model(**load("evit_deit_s").model)
     assert model.tokens_per_block == (197,) * 3 + (140,) * 3 + (100,) * 3 + (72,) * 3
+
+
+@pytest.mark.parametrize("name", ["evit_deit", "evit_deit_finetune"])
+def test_every_row_of_the_paper_that_deit_covers_is_an_argument(name):
+    for size, width in (("tiny", 192), ("small", 384), ("base", 768)):
+        for rate in (0.5, 0.6, 0.7, 0.8, 0.9):
+            config = load(name, f"size={size},keep_rate={rate},fuse=False")
+            model = build_model(**config.model)
+            assert model.width == width
+            assert model.reducer.extra == 0
+            assert model.keep[3] == math.ceil(rate * 196)
+    for pixels in (256, 288, 304):
+        model = build_model(**load(name, f"image_size={pixels},keep_rate=0.5").model)
+        assert model.patches == (pixels // 16) ** 2
+        assert model.reducer.extra == 1
+
+
+def test_the_recipe_is_deits():
+    config = load("evit_deit")
+    assert (config.epochs, config.label_smoothing, config.ema_decay) == (300, 0.1, 0.99996)
+    optimizer = config.optimizer
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.05, 0)
+    assert (optimizer.warmup_epochs, optimizer.warmup_lr, optimizer.min_lr) == (5, 1e-6, 1e-5)
+    assert dict(config.mix) == dict(erasing=0.25, mixup=0.8, cutmix=1.0, switch=0.5)
+    augment = config.augment
+    assert (augment.randaugment_magnitude, augment.randaugment_std) == (9, 0.5)
+    assert (augment.randaugment_layers, augment.repeats, augment.scale) == (2, 3, (0.08, 1.0))
+    assert config.model.drop_path_rate == 0.1
+    assert (config.keep_warmup.start_epoch, config.keep_warmup.epochs) == (10, 100)
+    tuned = load("evit_deit_finetune")
+    assert (tuned.epochs, tuned.model.drop_path_rate, tuned.keep_warmup.epochs) == (30, 0, 0)
+    assert tuned.optimizer.lr == pytest.approx(2 * 2e-5)  # at batch 1024
+    assert tuned.optimizer.weight_decay == 1e-6

@@ -27,7 +27,9 @@ ALLOWED = {
     "cli": {"recorder"},
     "reducers": {"plan"},
     "models": {"reducers", "plan", "preprocessing"},
-    "steps": {"losses", "metrics"},
+    "mix": set(),
+    "teachers": {"losses", "models", "preprocessing"},
+    "steps": {"losses", "metrics", "mix", "preprocessing"},
     "predict": {"data", "models", "preprocessing"},
     "tools": {
         "cli",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evit_jax.losses import cross_entropy, smooth_labels
+from evit_jax.losses import Distillation, cross_entropy, divergence, smooth_labels
 
 
 def test_smoothing_spreads_over_all_classes():
@@ -20,3 +21,36 @@ def test_cross_entropy_is_the_formula_and_stays_finite_for_large_logits():
     huge = cross_entropy(jnp.asarray([[1e4, 0.0]], jnp.bfloat16), jnp.asarray([[0.0, 1.0]]))
     assert huge.dtype == jnp.float32
     np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16
+
+
+def test_divergence_is_zero_for_the_same_distribution_and_takes_zero_targets():
+    logits = jnp.asarray([[1.0, -2.0, 0.5]])
+    np.testing.assert_allclose(divergence(logits, jax.nn.softmax(logits)), [0], atol=1e-6)
+    p, q = np.array([0.5, 0.5, 0]), np.asarray(jax.nn.softmax(logits))[0]
+    expected = (p[:2] * np.log(p[:2] / q[:2])).sum()
+    np.testing.assert_allclose(divergence(logits, jnp.asarray([p])), [expected], rtol=1e-6)
+
+
+def test_hard_distillation_is_deits_equation_3():
+    student, teacher = jnp.asarray([[1.0, 2.0, 0.5]]), jnp.asarray([[3.0, -1.0, 2.9]])
+    hard, base = Distillation(hard=True, alpha=0.5), jnp.asarray([0.8])
+    got = hard.loss(base, student, hard.targets(teacher))
+    decided = -np.log(np.exp(1) / np.exp([1, 2, 0.5]).sum())  # the teacher says class 0
+    np.testing.assert_allclose(got, [0.4 + 0.5 * decided], rtol=1e-6)
+
+
+def test_soft_distillation_is_deits_equation_2():
+    student, teacher = jnp.asarray([[1.0, 2.0, 0.5]]), jnp.asarray([[3.0, -1.0, 2.9]])
+    soft = Distillation(hard=False, alpha=0.1, temperature=3.0)
+    got = soft.loss(jnp.asarray([0.8]), student, soft.targets(teacher))
+    p, q = (
+        np.exp(z / 3) / np.exp(z / 3).sum() for z in (np.array([3, -1, 2.9]), np.array([1, 2, 0.5]))
+    )
+    expected = 0.9 * 0.8 + 0.1 * 9 * (p * np.log(p / q)).sum()
+    np.testing.assert_allclose(got, [expected], rtol=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher():
+    for kind in (Distillation(hard=True), Distillation(hard=False)):
+        grads = jax.grad(lambda z, kind=kind: kind.targets(z).max())(jnp.asarray([[1.0, 2.0]]))
+        np.testing.assert_array_equal(grads, 0)

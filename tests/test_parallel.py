@@ -1,58 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from evit_jax import steps
+from evit_jax.checkpoint import Checkpoints
 from evit_jax.errors import InputError
-from evit_jax.models import init_params
-from evit_jax.parallel import DataParallel
-from tests.test_steps import BATCH, CARD, MODEL, init, make_batch, make_step
+from evit_jax.parallel import DataParallel, PmapParallel, Programs, choose, start_processes
+from tests.test_steps import BATCH, CARD, MODEL, make_batch, make_step
+from tests.test_steps import init as init_small
+from tests.whole_recipe import follow, init
+
+ROOT = Path(__file__).parents[1]
+MODES = {
+    "jit on one device": lambda: DataParallel(jax.devices()[:1]),
+    "jit": DataParallel,
+    "jit with sharded state": lambda: DataParallel(shard_params=True),
+    "pmap": PmapParallel,
+}
 
 
 def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-def gradients(devices):
-    """Loss and gradients of the first step."""
-    function = functools.partial(
-        jax.value_and_grad(steps.loss_and_metrics, has_aux=True),
-        model=MODEL,
-        preprocessing=CARD,
-        label_smoothing=0.1,
-    )
-
-    def step(params, batch):
-        (loss, _), grads = function(params, batch, jax.random.key(0))
-        return loss, grads
-
-    params = devices.init(functools.partial(init_params, MODEL), jax.random.key(0))
-    return devices.compile_eval(step)(params, devices.put(make_batch()))
+@pytest.fixture(scope="module")
+def alone():
+    """The whole recipe on one device: losses of 20 steps, gradients of the first."""
+    losses, grads, _ = follow(MODES["jit on one device"]())
+    return losses, grads
 
 
-def test_four_devices_take_the_first_step_of_one():
-    (one, one_grads), (four, four_grads) = (
-        gradients(DataParallel(jax.devices()[:count])) for count in (1, 4)
-    )
-    assert relative(four, one) < 1e-6
-    whole = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(one_grads)))
-    errors = jax.tree.map(lambda a, b: np.linalg.norm(np.asarray(a) - np.asarray(b)), one_grads,
-                          four_grads)  # fmt: skip
-    assert np.sqrt(sum(error**2 for error in jax.tree.leaves(errors))) / whole < 1e-6
+def assert_same_run(losses, grads, alone):
+    assert relative(grads, alone[1]) < 1e-6
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
 
 
-def test_four_devices_follow_one_for_several_steps():
-    losses = {}
-    for count in (1, 4):
-        devices = DataParallel(jax.devices()[:count])
-        step, state = devices.compile_train(make_step()), devices.init(init, jax.random.key(0))
-        for number in range(5):
-            state, loss = step(state, devices.put(make_batch(number)))
-            losses.setdefault(count, []).append(float(loss))
-    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-4)
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_whole_recipe_is_the_same_however_it_is_shared(mode, accumulate, alone):
+    losses, grads, _ = follow(MODES[mode](), accumulate=accumulate)
+    assert len(losses) == 20
+    assert_same_run(losses, grads, alone)
+
+
+def free_address():
+    """Where processes may meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_two_processes_of_two_devices_are_one_run(mode, alone, tmp_path):
+    address = free_address()
+    out = tmp_path / "out.npz"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.whole_recipe", mode, "2", f"{address},2,{number}", out],
+            cwd=ROOT, env=os.environ | dict(JAX_NUM_CPU_DEVICES="2"), stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err.decode()[-2000:]
+    with np.load(out) as figures:
+        assert_same_run(figures["losses"], figures["grads"], alone)
+
+
+def test_a_run_goes_on_with_other_devices_and_another_mode(alone, tmp_path):
+    losses, grads, state = follow(MODES["jit on one device"](), last=8)
+    for number, name in enumerate(["jit with sharded state", "pmap"]):
+        folder, devices = tmp_path / str(number), MODES[name]()
+        saved = Checkpoints(folder)
+        saved.save(8, state)
+        saved.wait()
+        like = devices.init(init, jax.random.key(1))
+        rest, _, _ = follow(devices, first=8, state=Checkpoints(folder).restore(like))
+        assert_same_run(np.concatenate([losses, rest]), grads, alone)
+
+
+def test_a_sharded_state_has_a_part_of_every_large_array_on_each_device():
+    state = DataParallel(shard_params=True).init(init, jax.random.key(0))
+    mu = state["opt_state"][1][0].mu
+    for tree in (state["params"], state["ema"], mu):
+        kernel = tree["blocks_0"]["mlp"]["fc1"]["kernel"]
+        assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 4] * 4
+        assert tree["norm"]["scale"].sharding.is_fully_replicated
 
 
 def test_batches_are_split_and_states_are_not():
@@ -64,14 +107,64 @@ def test_batches_are_split_and_states_are_not():
     assert [shard.data.shape for shard in kernel.addressable_shards] == [kernel.shape] * 4
 
 
-def test_the_state_is_given_up_so_that_its_memory_is_reused():
-    devices = DataParallel()
-    state = devices.init(init, jax.random.key(0))
-    devices.compile_train(make_step())(state, devices.put(make_batch()))
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_the_state_is_given_up_so_that_its_memory_is_reused(mode):
+    devices = MODES[mode]()
+    state = devices.init(init_small, jax.random.key(0))
+    program = devices.compile_train(make_step(), state, make_batch(), {})
+    program(state, devices.put(make_batch()), {})
     assert state["params"]["head"]["kernel"].is_deleted()
 
 
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_evaluation_is_the_same_in_every_mode(mode):
+    params = init_small(jax.random.key(0))["params"]
+    batch = make_batch() | dict(mask=np.arange(BATCH) < 6)
+    step = functools.partial(steps.eval_step, model=MODEL, preprocessing=CARD)
+    devices = MODES[mode]()
+    sums = devices.compile_eval(step)(devices.init(dict, params), devices.put(batch))
+    for name, expected in step(params, batch).items():
+        assert float(sums[name]) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match=r"multiple of the 4 device\(s\), got 10; try 8"):
-        DataParallel().check_batch_size(10)
-    DataParallel().check_batch_size(12)
+    devices = DataParallel()
+    devices.check_batch_size(12)
+    devices.check_batch_size(32, accumulate=4, pairs=True)
+    for size, settings, message in [
+        (10, {}, r"multiple of the 4 device\(s\), got 10; try 8"),
+        (24, dict(accumulate=4), r"multiple of 16 \(4 device\(s\) x 4 micro-batches\)"),
+        (12, dict(pairs=True), r"multiple of 8 \(4 device\(s\) x 2, as images are mixed in pairs"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            devices.check_batch_size(size, **settings)
+
+
+def test_modes_and_processes_that_do_not_exist_are_refused():
+    with pytest.raises(InputError, match="unknown parallel mode 'pamp'; did you mean 'pmap'"):
+        choose("pamp")
+    with pytest.raises(InputError, match="shard_params needs jit"):
+        choose("pmap", shard_params=True)
+    for text in ("4", "host:1,2,2", "host,2,0", ":1,2,0", "host:x,2,0"):
+        with pytest.raises(InputError, match="HOST:PORT,COUNT,NUMBER"):
+            start_processes(text)
+
+
+def test_programs_are_compiled_in_the_background_and_once():
+    began, go_on = threading.Event(), threading.Event()
+    made = []
+
+    def compile(key):
+        began.set()
+        assert go_on.wait(10)
+        made.append(key)
+        return key.upper
+
+    programs = Programs(compile)
+    programs.start("a")
+    assert began.wait(10)  # and this thread was not held up
+    go_on.set()
+    assert programs["a"]() == "A"
+    assert "compiled in" in programs.wait("a")
+    assert programs["b"]() == "B"
+    assert made == ["a", "b"]

@@ -4,7 +4,14 @@ import math
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.plan import quarter_layers, stage_at, stages, token_counts, token_plan
+from evit_jax.plan import (
+    quarter_layers,
+    sandwich,
+    stage_at,
+    stages,
+    token_counts,
+    token_plan,
+)
 
 FUSED = {
     0.9: (178, 162, 147),
@@ -139,3 +146,23 @@ def test_counts_are_warmed_up_too():
 def test_a_warm_up_of_negative_length_is_refused():
     with pytest.raises(InputError, match="length >= 0"):
         stages(planner, 0.5, length=-1)
+
+
+def at_rate(rate):
+    return token_plan(196, 12, keep_rate=rate, extra=1)
+
+
+def test_a_sandwich_trains_the_largest_the_smallest_and_one_between():
+    table = sandwich(at_rate, (0.5, 0.9, 1.0, 0.7))
+    assert [stage.keep_rate for stage in table] == [0.9, 0.7]
+    for stage in table:
+        assert stage.step == 0
+        assert stage.keep == at_rate(1.0)
+        assert stage.others == (at_rate(stage.keep_rate), at_rate(0.5))
+    drawn = [stage_at(table, step, seed=3).keep_rate for step in range(1000)]
+    assert drawn == [stage_at(table, step, seed=3).keep_rate for step in range(1000)]
+    assert drawn != [stage_at(table, step, seed=4).keep_rate for step in range(1000)]
+    assert 430 < drawn.count(0.9) < 570
+    assert sandwich(at_rate, (1, 0.5))[0].others == (at_rate(0.5),)
+    with pytest.raises(InputError, match="at least two different"):
+        sandwich(at_rate, (0.5, 0.5))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 
+import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.recorder import Recorder, claim, flatten
+from evit_jax.recorder import Recorder, broken, claim, flatten
 
 CONFIG = dict(seed=0, model=dict(keep_rate=0.7, layers=(1, 2)), run=dict(log_every=5))
 
@@ -63,6 +64,41 @@ def test_a_recipe_may_change_until_something_is_saved(tmp_path):
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
     claim(tmp_path, CONFIG | dict(seed=1))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+def test_of_several_processes_one_writes_and_all_check(tmp_path):
+    claim(tmp_path / "run", CONFIG, write=False)
+    assert not (tmp_path / "run").exists()
+    claim(tmp_path, CONFIG)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(InputError, match="seed is 0 there and 1 here"):
+        claim(tmp_path, CONFIG | dict(seed=1), write=False)
+
+
+def test_a_damaged_image_is_named_once(tmp_path, capsys):
+    recorder = Recorder(tmp_path, step=0, total=1)
+    source = {3: dict(name="a/3.jpg"), 7: dict(name="a/7.jpg")}
+    for damaged in ([True, False], [True, True], [False, True]):
+        batch = dict(image="pixels", index=np.array([3, 7]), damaged=np.array(damaged))
+        assert recorder.damaged(batch, source) == [3, 7]
+        assert batch == dict(image="pixels")
+    recorder.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped damaged image 1: a/3.jpg",
+        "skipped damaged image 2: a/7.jpg",
+    ]
+
+
+def test_a_step_that_is_not_finite_is_told_with_all_one_needs(tmp_path):
+    figures = dict(loss=float("nan"), grad_norm=1.0)
+    error = str(broken(tmp_path, 12, figures, list(range(20)), 10))
+    for text in ("step 12 is not finite (loss nan, grad_norm 1.0)", "that of step 10",
+                 "number 0, 1, 2, 3, 4, 5, 6, 7, ... of"):  # fmt: skip
+        assert text in error
+    kept = json.loads((tmp_path / "broken_batch.json").read_text())
+    assert kept == dict(step=12, indices=list(range(20)))
+    error = str(broken(tmp_path / "gone", 1, figures, [4], None))  # and cannot be written
+    assert "no checkpoint yet; its images are number 4 of" in error
 
 
 def test_a_damaged_config_is_named(tmp_path):

@@ -4,11 +4,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from evit_jax import metrics, optim, plan, steps
+from evit_jax import losses, metrics, optim, plan, steps
+from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params
-from evit_jax.parallel import DataParallel
+from evit_jax.parallel import DataParallel, Programs
 from evit_jax.preprocessing import Preprocessing
 
 BATCH = 8
@@ -31,11 +33,25 @@ def make_batch(seed=0, size=BATCH):
     return dict(image=image.astype(np.uint8), label=label)
 
 
-def make_step(model=MODEL, **changes):
-    settings = dict(label_smoothing=0.1, ema_decay=0.9, seed=0) | changes
-    return functools.partial(
-        steps.train_step, model=model, optimizer=OPTIMIZER, preprocessing=CARD, **settings
-    )
+WHOLE = Mix(erasing=0.5, mixup=0.8, cutmix=1.0)
+
+
+def make_recipe(**changes):
+    plain = dict(preprocessing=CARD, optimizer=OPTIMIZER, mix=Mix(), label_smoothing=0.1)
+    return steps.Recipe(**plain | dict(ema_decay=0.9) | changes)
+
+
+def make_step(*models, **changes):
+    """(state, batch, frozen={}) -> (state, figures)."""
+
+    def step(state, batch, frozen=None, axis=None):
+        models_ = models or (MODEL,)
+        recipe = make_recipe(**changes)
+        return steps.train_step(
+            state, batch, frozen or {}, models=models_, recipe=recipe, axis=axis
+        )
+
+    return step
 
 
 @functools.partial(jax.jit, static_argnames="ema")
@@ -46,11 +62,11 @@ def init(key, ema=False):
 def test_training_learns():
     step = jax.jit(make_step())
     state = init(jax.random.key(0))
-    losses = []
+    seen = []
     for number in range(30):
-        state, loss = step(state, make_batch(number))
-        losses.append(float(loss))
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+        state, figures = step(state, make_batch(number))
+        seen.append(float(figures["loss"]))
+    assert np.mean(seen[-5:]) < 0.7 * np.mean(seen[:5])
     sums = steps.eval_step(
         state["params"],
         make_batch(99) | dict(mask=np.ones(BATCH, bool)),
@@ -68,16 +84,17 @@ def test_metrics_add_up_in_the_state_and_the_step_counts():
     assert int(state["step"]) == 2
     assert float(state["metrics"]["images"]) == 2 * BATCH
     mean = metrics.means([state["metrics"]], "train")["train_loss"]
-    assert mean == pytest.approx((float(first) + float(second)) / 2, rel=1e-6)
+    assert mean == pytest.approx(float(first["loss"] + second["loss"]) / 2, rel=1e-6)
 
 
 def test_randomness_is_a_function_of_seed_and_step():
     state, batch = init(jax.random.key(0)), make_batch()
-    (_, a), (_, b) = jax.jit(make_step())(state, batch), jax.jit(make_step())(state, batch)
-    assert float(a) == float(b)
-    _, other_seed = jax.jit(make_step(seed=1))(state, batch)
-    _, other_step = jax.jit(make_step())(state | dict(step=jnp.int32(1)), batch)
-    assert len({float(a), float(other_seed), float(other_step)}) == 3
+
+    def loss(state=state, **changes):
+        return float(jax.jit(make_step(**changes))(state, batch)[1]["loss"])
+
+    assert loss() == loss()
+    assert len({loss(), loss(seed=1), loss(state | dict(step=jnp.int32(1)))}) == 3
 
 
 def test_the_average_is_evaluated_and_starts_short():
@@ -106,26 +123,120 @@ def test_evaluation_leaves_padding_out():
     )
 
 
+def first_step(*models, frozen=None, batch=None, state=None, **changes):
+    """(parameters' gradients recovered from plain descent, figures) of one step."""
+    descent = optax.sgd(1.0)
+    state = state or init(jax.random.key(0))
+    state = state | dict(opt_state=descent.init(state["params"]))
+    step = jax.jit(make_step(*models, optimizer=descent, **changes))
+    after, figures = step(state, batch or make_batch(), frozen)
+    return jax.tree.map(jnp.subtract, state["params"], after["params"]), figures
+
+
+def assert_close(a, b, tolerance=1e-6):
+    """As vectors, relative to the length of b."""
+    error, length = optax.tree.norm(jax.tree.map(jnp.subtract, a, b)), optax.global_norm(b)
+    assert float(error) < tolerance * float(length)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_give_the_gradients_of_the_whole_one(parts):
+    whole, once = first_step(mix=WHOLE)
+    grads, figures = first_step(mix=WHOLE, accumulate=parts)
+    # Recovered as a difference of parameters, so a rounding of those (1 ulp of 1) is in it.
+    assert_close(grads, whole, 1e-5)
+    assert float(figures["loss"]) == pytest.approx(float(once["loss"]), rel=1e-6)
+    assert float(figures["grad_norm"]) == pytest.approx(float(once["grad_norm"]), rel=1e-6)
+
+
+def test_splitting_keeps_neighbours_together_and_loses_nothing():
+    parts = np.asarray(steps.split(jnp.arange(16), 4))
+    assert parts.shape == (4, 4)
+    assert sorted(parts.ravel()) == list(range(16))
+    assert (parts[:, ::2] % 2 == 0).all()
+    assert (parts[:, 1::2] == parts[:, ::2] + 1).all()
+
+
+def test_a_sandwich_averages_labels_loss_and_matches_the_largest_to_the_others():
+    still = [m.clone(drop_path_rate=0.0) for m in (MODEL.clone(keep=()), MODEL)]
+    batch, params = make_batch(), init(jax.random.key(0))["params"]
+    _, figures = first_step(*still)
+    dense, small = (m.apply({"params": params}, CARD.normalise(batch["image"]))[0] for m in still)
+    targets = losses.smooth_labels(batch["label"], 3, 0.1)
+    match = losses.divergence(small, jax.nn.softmax(dense))
+    each = losses.cross_entropy(dense, targets) + losses.cross_entropy(small, targets) + match
+    assert float(figures["loss"]) == pytest.approx(float(each.mean()) / 2, rel=1e-5)
+    assert float(match.mean()) > 0
+
+
+def teacher_figures(**changes):
+    state, batch = init(jax.random.key(0)), make_batch()
+    return first_step(MODEL.clone(drop_path_rate=0.0), state=state, batch=batch, **changes)
+
+
+def test_a_teacher_is_a_model_its_logits_or_the_dense_twin():
+    dense = MODEL.clone(keep=(), drop_path_rate=0.0)
+    params, batch = init(jax.random.key(0))["params"], make_batch()
+    soft = losses.Distillation(hard=False, alpha=0.7, temperature=2.0)
+    named, _ = teacher_figures(distillation=soft, teacher=dense, frozen=dict(teacher=params))
+    twin, _ = teacher_figures(distillation=soft, teacher=dense)
+    logits, _ = dense.apply({"params": params}, CARD.normalise(batch["image"]))
+    stored, _ = first_step(
+        MODEL.clone(drop_path_rate=0.0), batch=batch | dict(teacher=logits), distillation=soft
+    )
+    without, _ = teacher_figures()
+    assert_close(twin, named, 1e-5)
+    assert_close(stored, named, 1e-5)
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, without, named))) > 0.01
+    other = init(jax.random.key(1))["params"]
+    stranger, _ = teacher_figures(distillation=soft, teacher=dense, frozen=dict(teacher=other))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, stranger, named))) > 1e-3
+
+
+def test_a_distilled_students_second_head_learns_the_teacher_alone():
+    student = build_model(
+        "vit", image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3,
+        distilled=True, keep_rate=0.5,
+    )  # fmt: skip
+    params = init_params(student, jax.random.key(0))
+    state = steps.init_state(params, OPTIMIZER, ema=False)
+    batch = make_batch() | dict(teacher=np.eye(3, dtype=np.float32)[np.zeros(BATCH, int)])
+    hard = losses.Distillation(alpha=0.5)
+    grads, figures = first_step(student, state=state, batch=batch, distillation=hard)
+    _, out = student.apply({"params": params}, CARD.normalise(batch["image"]))
+    base = losses.cross_entropy(out["logits_cls"], losses.smooth_labels(batch["label"], 3, 0.1))
+    taught = losses.cross_entropy(out["logits_dist"], jax.nn.one_hot(np.zeros(BATCH, int), 3))
+    assert float(figures["loss"]) == pytest.approx(float((base + taught).mean()) / 2, rel=1e-5)
+    expected = (jax.nn.softmax(out["logits_dist"]) - jnp.eye(3)[:1]).mean(0) / 2
+    np.testing.assert_allclose(grads["head_dist"]["bias"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_of_other_preprocessing_sees_what_it_expects():
+    there = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.2, 0.3))
+    image = make_batch()["image"]
+    seen = CARD.renormalise(CARD.normalise(image), there)
+    np.testing.assert_allclose(seen, there.normalise(image), rtol=1e-5, atol=1e-5)
+
+
 def test_one_program_is_compiled_per_stage():
     stages = plan.stages(lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2)
     assert len(stages) == 3
-    traces = []
-
-    def counted(state, batch, *, model):
-        traces.append(model.keep)
-        return make_step(model)(state, batch)
-
-    devices = DataParallel()
-    programs = {
-        stage.keep: devices.compile_train(
-            functools.partial(counted, model=MODEL.clone(keep=stage.keep))
-        )
-        for stage in stages
-    }
+    traces, devices = [], DataParallel()
     state = devices.init(init, jax.random.key(0))
+
+    def build(stage):
+        def counted(*args):
+            traces.append(stage.keep)
+            return make_step(MODEL.clone(keep=stage.keep))(*args)
+
+        return devices.compile_train(counted, state, make_batch(), {})
+
+    programs = Programs(build)
     for step in range(20):
-        keep = plan.stage_at(stages, step).keep
-        state, _ = programs[keep](state, devices.put(make_batch(step)))
+        stage = plan.stage_at(stages, step)
+        for other in stages:
+            programs.start(other)
+        state, _ = programs[stage](state, devices.put(make_batch(step)), {})
     assert traces == [stage.keep for stage in stages]
 
 

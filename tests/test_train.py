@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def same_results(a, b):
     assert untimed(figures(a)) == untimed(figures(b))
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "evit_deit_s"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "evit_deit_s", "evit_deit_finetune"])
 def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     code, out, err = train(
         f"--config=configs/{name}.py:debug", f"--workdir={tmp_path}", JAX_LOG_COMPILES="1"
@@ -71,7 +72,7 @@ def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
     # As many programs as stages of the keep rate.
     assert err.count("Finished XLA compilation of jit(train_step)") == out.count("compiled in")
-    assert out.count("compiled in") == (3 if name == "evit_deit_s" else 1)
+    assert out.count("compiled in") == (3 if "deit" in name else 1)
 
 
 def test_a_log_line_is_the_mean_since_the_last_one_at_the_rate_of_its_step(tmp_path):
@@ -136,6 +137,81 @@ def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_pa
         for path in (tmp_path, whole)
     )
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_run_asked_to_end_saves_exits_and_has_lost_nothing(whole, tmp_path):
+    line = [DIGITS, f"--workdir={tmp_path}", *OFTEN]
+    process = start(*line)
+    out = ""
+    while "loss" not in out and process.poll() is None:
+        out = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    stopped = re.search(r"stopped after step (\d+), and saved; run the same line again", out)
+    assert stopped, out
+    code, out, err = train(*line)
+    assert code == 0, err
+    assert f"going on from the checkpoint of step {stopped[1]} in" in out
+    same_results(tmp_path, whole)
+
+
+def test_figures_that_are_not_finite_end_the_run_with_step_checkpoint_and_images(tmp_path):
+    code, _, err = train(
+        DIGITS, f"--workdir={tmp_path}", "--config.optimizer.lr=1e30",
+        "--config.optimizer.warmup_lr=0.0", "--config.optimizer.warmup_epochs=1.0",
+        "--config.run.checkpoint_every=0.02",
+    )  # fmt: skip
+    assert code == 1
+    assert "Traceback" not in err
+    step, good = re.search(
+        r"step (\d+) is not finite .*checkpoint is that of step (\d+);", err
+    ).groups()
+    assert int(good) < int(step)
+    assert (tmp_path / "checkpoints" / good).is_dir()
+    saved = Checkpoints(tmp_path / "checkpoints", read_only=True).load()["params"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
+    record = json.loads((tmp_path / "broken_batch.json").read_text())
+    assert record["step"] == int(step)
+    assert len(set(record["indices"])) == 32
+    assert f"images are number {record['indices'][0]}, " in err
+
+
+def test_one_checkpoint_is_trained_for_many_rates(tmp_path):
+    code, out, err = train(
+        DIGITS, f"--workdir={tmp_path}", "--config.sandwich=(1.0, 0.8, 0.6, 0.4)",
+        "--config.distill.teacher=self", "--config.run.parallel=pmap", "--config.mix.cutmix=1.0",
+        "--config.run.accumulate=2", "--config.augment.repeats=3",
+        "--config.augment.randaugment_magnitude=9.0", "--config.model.remat=True",
+        JAX_LOG_COMPILES="1",
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.count("compiled in") == 2  # one with 0.8, one with 0.6 between
+    assert err.count("Finished XLA compilation of jit(train_step)") in (0, 2)
+    for rate in ("0.4 over 1", "0.6 over 1", "0.8 over 1"):
+        assert rate in out
+
+
+def test_a_run_starts_from_weights_and_distils_stored_logits(whole, tmp_path):
+    weights, logits = tmp_path / "weights.safetensors", tmp_path / "logits.npy"
+    subprocess.run(
+        [sys.executable, "-m", "evit_jax.tools.convert", whole, weights], cwd=ROOT, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    np.save(logits, np.zeros((1438, 10), np.float16))
+    line = [DIGITS, f"--workdir={tmp_path / 'run'}", f"--config.weights={weights}",
+            "--config.epochs=0.05"]  # fmt: skip
+    code, _, err = train(*line, "--config.optimizer.lr=0.0", "--config.optimizer.warmup_lr=0.0",
+                         "--config.optimizer.min_lr=0.0")  # fmt: skip
+    assert code == 0, err
+    assert figures(tmp_path / "run")[-1]["test_top1"] == figures(whole)[-1]["test_top1"]
+    line[1] = f"--workdir={tmp_path / 'taught'}"
+    code, _, err = train(*line, f"--config.distill.teacher={logits}", "--config.distill.hard=False",
+                         "--config.distill.alpha=1.0")  # fmt: skip
+    assert code == 0, err
+    code, _, err = train(*line, "--config.distill.teacher=deit_tiny_patch16_224")
+    assert code == 1
+    assert "--config.distill.weights=FILE" in err
 
 
 def test_a_finished_run_only_shows_its_result_again(whole):

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher of a distillation: another model, the student's dense twin, or stored logits."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from evit_jax.errors import InputError
+from evit_jax.losses import Distillation
+from evit_jax.models import build_model, load_params, preprocessing
+from evit_jax.preprocessing import Preprocessing
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """What a run needs of it; without a teacher all fields are empty."""
+
+    distillation: Distillation | None = None
+    model: object = None  # a Linen module, None where the logits are stored
+    preprocessing: Preprocessing | None = None
+    params: dict = dataclasses.field(default_factory=dict)  # {"teacher": parameters}, or {}
+    logits: np.ndarray | None = None  # (training images, classes), in the order of the data
+
+    @property
+    def recipe(self) -> dict:
+        """Its share of a `steps.Recipe`."""
+        return dict(
+            distillation=self.distillation,
+            teacher=self.model,
+            teacher_preprocessing=self.preprocessing,
+        )
+
+
+def open_teacher(
+    model, *, teacher: str, weights: str, hard: bool, alpha: float, temperature: float
+) -> Teacher:
+    """Finds the teacher for a student.
+
+    Args:
+      model: the student.
+      teacher: "" for none, "self" for the student's own dense forward pass, a model's name, or a
+        .npy file with logits (training images, classes) in the order of the data.
+      weights: file of the named model, see `create_model`.
+      hard, alpha, temperature: see `losses.Distillation`.
+
+    Raises:
+      InputError: an unknown teacher, one without weights, or with other classes.
+    """
+    if not teacher:
+        return Teacher()
+    if not 0 <= alpha <= 1 or not 0 < temperature < math.inf:
+        raise InputError(
+            "distill.alpha must be in [0, 1] and distill.temperature above 0, "
+            f"got {alpha} and {temperature}"
+        )
+    distillation = Distillation(hard=hard, alpha=alpha, temperature=temperature)
+    if teacher == "self":
+        return Teacher(distillation, model.clone(keep=()))
+    if teacher.endswith(".npy"):
+        if not Path(teacher).is_file():
+            raise InputError(f"distill.teacher: there is no file {teacher}")
+        logits = np.load(teacher, mmap_mode="r")
+        if logits.ndim != 2 or logits.shape[1] != model.num_classes:
+            raise InputError(
+                f"{teacher} must hold (training images, {model.num_classes} classes), "
+                f"got {logits.shape}"
+            )
+        return Teacher(distillation, logits=logits)
+    named = build_model(
+        teacher,
+        image_size=model.image_size,
+        num_classes=model.num_classes,
+        dtype=model.dtype,
+    )
+    if not weights:
+        raise InputError(f"the teacher {teacher} needs weights: --config.distill.weights=FILE")
+    params = load_params(weights, named, key=jax.random.key(0))
+    return Teacher(distillation, named, preprocessing(teacher), {"teacher": params})

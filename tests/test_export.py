@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accelerators from a CPU machine: the programs that train there can at least be made."""
+
+import functools
+
+import jax
+import pytest
+from jax import export
+
+from configs import evit_deit
+from evit_jax import optim, steps
+from evit_jax.mix import Mix
+from evit_jax.models import build_model, init_params, preprocessing
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_whole_training_step_of_the_small_model_lowers_for(platform):
+    config = evit_deit.get_config()
+    model = build_model(**config.model)
+    settings = dict(config.optimizer)
+    settings.pop("warmup_epochs")
+    optimizer, _ = optim.create(**settings, warmup_steps=5, total_steps=300)
+    recipe = steps.Recipe(
+        preprocessing=preprocessing(config.model.name),
+        optimizer=optimizer,
+        mix=Mix(**config.mix),
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.ema_decay,
+    )
+    state = jax.eval_shape(
+        lambda key: steps.init_state(init_params(model, key), optimizer, ema=True),
+        jax.random.key(0),
+    )
+    batch = steps.batch_shapes(model.image_size, config.batch_size)
+    step = functools.partial(steps.train_step, models=(model,), recipe=recipe)
+    exported = export.export(jax.jit(step), platforms=[platform])(state, batch, {})
+    assert exported.platforms == (platform,)
+    after, figures = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    assert jax.tree.map(lambda a: a.shape, after) == jax.tree.map(lambda a: a.shape, state)
+    assert figures["loss"].shape == ()

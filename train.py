@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from evit_jax import cli, metrics, optim, parallel, plan, recorder, report, steps, timing
+from evit_jax.background import Prefetch, Programs
 from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
@@ -44,10 +45,9 @@ def main() -> None:
     # --------------------------------------------------------------------- devices, model, teacher
     mix = Mix(**config.mix)
     devices = parallel.choose(config.run.parallel, shard_params=config.run.shard_params)
-    devices.check_batch_size(
-        config.batch_size, accumulate=config.run.accumulate, pairs=bool(mix.mixup or mix.cutmix)
-    )
-    devices.check_batch_size(config.run.test_batch_size)
+    parts = dict(accumulate=config.run.accumulate, pairs=bool(mix.mixup or mix.cutmix))
+    devices.check_batch_size("batch_size", config.batch_size, **parts)
+    devices.check_batch_size("run.test_batch_size", config.run.test_batch_size)
     model = build_model(**config.model)
     dense = model.clone(keep=())
     card = preprocessing(config.model.name)
@@ -55,13 +55,13 @@ def main() -> None:
 
     # ---------------------------------------------------------------------------------------- data
     view = dict(size=model.image_size, interpolation=card.interpolation, host=host, hosts=hosts)
-    view |= dict(threads=config.run.threads, workers=config.run.workers)
-    view |= dict(damaged=config.data.damaged)
+    view |= dict(threads=config.run.threads, damaged=config.data.damaged)
     train_images = 1000 * config.batch_size  # a dry run needs no data; epochs are what it shows
     if not config.dry_run:
-        place = dict(folder=config.data.dir, classes=config.data.classes, cache=config.data.cache)
-        train_source = open_source(config.data.name, "train", **place)
-        test_source = open_source(config.data.name, "test", **place)
+        where = dict(folder=config.data.dir, classes=config.data.classes, cache=config.data.cache)
+        copies = max(config.run.workers, 1)
+        train_source = open_source(config.data.name, "train", **where, copies=copies)
+        test_source = open_source(config.data.name, "test", **where)
         train_images = len(train_source)
         if len(train_source.classes) > model.num_classes:
             raise InputError(
@@ -89,8 +89,8 @@ def main() -> None:
         rungs=config.keep_warmup.rungs,
     )
     if config.sandwich:
-        if len(stages) > 1:
-            raise InputError("a sandwich of keep rates has no warm-up; leave out keep_warmup")
+        if len(stages) > 1 or rates["keep_rates"] or rates["tokens"]:
+            raise InputError("a sandwich takes the place of keep_warmup, keep_rates and tokens")
         stages = plan.sandwich(lambda rate: at_rate(rate).keep, config.sandwich)
     settings = dict(config.optimizer)
     warmup_steps = to_steps(settings.pop("warmup_epochs"))
@@ -144,19 +144,20 @@ def main() -> None:
     # A workdir belongs to one recipe. Its newest complete checkpoint is the state; without one the
     # run starts afresh, from config.weights if there are any. Data, augmentation and dropout are
     # functions of seed and step alone, so the checkpoint needs nothing else.
+    if config.new_head and not config.weights:
+        raise InputError("new_head is for --config.weights=FILE; without them all is drawn anyway")
     if not WORKDIR.value:
         raise InputError("--workdir=DIR is missing: where checkpoints, metrics and events go")
     workdir = Path(WORKDIR.value).expanduser().absolute()
     recorder.claim(workdir, json.loads(config.to_json()), write=host == 0)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    if config.weights and checkpoints.latest is None:
-        state = devices.init(
-            init, load_params(config.weights, model, key=key, new_head=config.new_head)
-        )
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(devices.placed(shapes[0]))
+    elif config.weights:
+        given = load_params(config.weights, model, key=key, new_head=config.new_head)
+        state = devices.init(init, given)
     else:
         state = devices.init(draw, key)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(state)
     frozen = devices.init(dict, teacher.params)
     first = int(state["step"])
     log = recorder.Recorder(workdir, step=first, total=total, active=host == 0)
@@ -195,9 +196,13 @@ def main() -> None:
         figures = {name: float(value) for name, value in figures.items()}
         if not all(map(math.isfinite, figures.values())):
             checkpoints.wait()
-            raise recorder.broken(workdir, step, figures, images, checkpoints.latest)
+            raise recorder.broken(workdir, step, figures, images, checkpoints.latest, host)
 
-    train_batches = pipeline.train_batches(
+    def place(batch: dict) -> tuple[dict, list[int]]:
+        images = log.damaged(batch, train_source)
+        return devices.put(batch), images
+
+    batches = pipeline.train_batches(
         train_source,
         **config.augment,
         fill=card.fill,
@@ -205,16 +210,18 @@ def main() -> None:
         seed=config.seed,
         batch_size=config.batch_size,
         start=first,
+        workers=config.run.workers,
         **view,
     )
-    programs = parallel.Programs(compile_stage)
+    train_batches = Prefetch(batches, place)
+    programs = Programs(compile_stage)
     used, last, scores, clock = set(), None, None, timing.Clock()
     with contextlib.closing(train_batches), contextlib.closing(programs):
         for step in range(first + 1, total + 1):
+            if last and not train_batches.ready:
+                check(*last)  # from here on the devices have nothing to do
             with clock.waiting():
-                batch = next(train_batches)
-                images = log.damaged(batch, train_source)
-                batch = devices.put(batch)
+                batch, images = next(train_batches)
             stage = plan.stage_at(stages, step - 1, config.seed)
             if stage not in used:
                 used.add(stage)
@@ -227,9 +234,8 @@ def main() -> None:
                         programs.start(later)
             state, figures = programs[stage](state, batch, frozen)
             clock.images += config.batch_size
-            # One step runs while the next batch is fetched. More would hide the wait for data.
             if last:
-                check(*last)
+                check(*last)  # while this step runs; more of them would hide the wait for data
             last = step, figures, images
             log.bar.update()
 
@@ -258,17 +264,18 @@ def main() -> None:
                 checkpoints.wait()
                 log.say(f"stopped after step {step}, and saved; run the same line again to go on")
                 log.close()
-                return
+                parallel.leave(0)
         checkpoints.wait()
 
     # ------------------------------------------------ the result, beside the same weights run dense
-    variants = dict(reduced=model, dense=dense)
-    if config.sandwich:
-        variants = {f"{rate:g}": at_rate(rate) for rate in sorted(set(config.sandwich))}
-    elif not any(model.keep):
-        variants = dict(dense=dense)
+    reduced = {f"{rate:g}": at_rate(rate) for rate in sorted(config.sandwich)}
+    reduced = reduced or dict(reduced=model)
+    variants = {name: variant for name, variant in reduced.items() if any(variant.keep)}
+    variants |= dict(dense=dense)
     with test_batches() as batches:
-        batch = devices.put(next(batches))
+        batch = next(batches)
+        log.damaged(batch, test_source)
+        batch = devices.put(batch)
     params = steps.eval_params(state)
     seconds = timing.take_turns(
         {name: functools.partial(eval_step(variants[name]), params, batch) for name in variants},
@@ -282,7 +289,8 @@ def main() -> None:
     }
     log.say("\n" + report.result_table(rows) + "\n")
     log.write(
-        dict(step=total, epoch=config.epochs, final=True, keep_rate=stages[-1].keep_rate)
+        dict(step=total, epoch=config.epochs, final=True)
+        | dict(keep_rate=min(config.sandwich, default=stages[-1].keep_rate))
         | report.summary(rows)
     )
     log.close()

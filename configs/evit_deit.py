@@ -51,8 +51,9 @@ def shrink(config) -> None:
         config.model.update(
             name="vit", image_size=(32, 32), patch_size=(8, 8), width=48, depth=4, num_heads=3
         )
-        config.keep_warmup.update(start_epoch=0.1, epochs=0.2, rungs=2)
-        config.optimizer.warmup_epochs = 0.1
+        if config.keep_warmup.epochs:
+            config.keep_warmup.update(start_epoch=0.1, epochs=0.2, rungs=2)
+        config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 0.1)
         config.data.name = "synthetic"
         config.run.update(test_batch_size=16, log_every=4)
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, logging
 
+from evit_jax import parallel
 from evit_jax.errors import InputError, check_name
 from evit_jax.recorder import flatten
 
@@ -46,6 +48,8 @@ def guard(function: Callable[[], None]) -> None:
         function()
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        if jax.distributed.is_initialized():
+            parallel.leave(1)
         sys.exit(1)
 
 

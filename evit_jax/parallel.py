@@ -8,10 +8,10 @@ behind the same interface: every device runs the step on its own part of the bat
 """
 
 import functools
+import os
 import signal
-import time
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -33,13 +33,18 @@ class DataParallel:
         sharded data parallelism): for models that do not fit otherwise, at the cost of gathering
         them for every use.
         """
-        devices = np.asarray(jax.devices() if devices is None else devices)
+        # In the order of processes, whatever the topology: so a host's rows of a batch are
+        # contiguous, and an image's place, on which its draws depend, is the same on any number.
+        devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+        devices = np.asarray(devices)
         self.mesh = Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
         self.shard_params = shard_params
 
-    def check_batch_size(self, batch_size: int, *, accumulate: int = 1, pairs: bool = False):
+    def check_batch_size(
+        self, name: str, batch_size: int, *, accumulate: int = 1, pairs: bool = False
+    ) -> None:
         """Raises InputError unless every device gets the same number of images.
 
         With gradient accumulation also in each micro-batch, and whole pairs where images are mixed.
@@ -52,9 +57,9 @@ class DataParallel:
                 parts += f" x {accumulate} micro-batches"
             if pairs:
                 parts += " x 2, as images are mixed in pairs"
-            name = f"the {parts}" if unit == devices else f"{unit} ({parts})"
+            what = f"the {parts}" if unit == devices else f"{unit} ({parts})"
             raise InputError(
-                f"batch_size must be a positive multiple of {name}, got {batch_size}; try {near}"
+                f"{name} must be a positive multiple of {what}, got {batch_size}; try {near}"
             )
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
@@ -69,6 +74,13 @@ class DataParallel:
     def shardings(self, tree):
         """`sharding` of every array, or shape, of a tree."""
         return jax.tree.map(lambda leaf: self.sharding(leaf.shape), tree)
+
+    def placed(self, shapes):
+        """Shapes of a state -> the same with where each array lives, for restoring it."""
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.sharding(a.shape)),
+            shapes,
+        )
 
     def init(self, function: Callable, *args):
         """Runs `function`, with its result where the state lives."""
@@ -91,7 +103,7 @@ class DataParallel:
         states = self.shardings(state)
         lowered = jax.jit(
             step,
-            in_shardings=(states, self.split, self.replicated),
+            in_shardings=(states, self.split, self.shardings(frozen)),
             out_shardings=(states, self.replicated),
             donate_argnums=0,
         ).lower(*shapes_of((state, batch, frozen)))
@@ -120,10 +132,7 @@ class PmapParallel(DataParallel):
         return jax.tree.map(lambda a: a.reshape(jax.local_device_count(), -1, *a.shape[1:]), batch)
 
     def compile_train(self, step: Callable, state: dict, batch: dict, frozen: dict) -> Callable:
-        step = functools.partial(step, axis=AXIS)
-        program = jax.pmap(
-            step, AXIS, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
-        )
+        program = self.pmap(step, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0)
         if jax.process_count() > 1:  # pmap cannot compile ahead there, it does at the first call
             return self.everywhere(program)
 
@@ -135,8 +144,11 @@ class PmapParallel(DataParallel):
         return self.everywhere(program.lower(state, jax.tree.map(part, batch), frozen).compile())
 
     def compile_eval(self, step: Callable) -> Callable:
+        return self.everywhere(self.pmap(step, in_axes=(None, 0), out_axes=None))
+
+    def pmap(self, step: Callable, **options) -> Callable:
         step = functools.partial(step, axis=AXIS)
-        return self.everywhere(jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=None))
+        return jax.pmap(step, AXIS, devices=list(self.mesh.devices.flat), **options)
 
     def everywhere(self, program: Callable) -> Callable:
         """Its results as global arrays.
@@ -164,7 +176,7 @@ def with_result(program: Callable, function: Callable) -> Callable:
     def followed(*args):
         return function(program(*args))
 
-    followed.memory_analysis = getattr(program, "memory_analysis", None)  # what XLA says of it
+    followed.memory_analysis = getattr(program, "memory_analysis", lambda: None)  # XLA's account
     return followed
 
 
@@ -190,8 +202,13 @@ def start_processes(text: str) -> None:
     if not text:
         return
     if text == "auto":
-        jax.distributed.initialize()
-        return
+        try:
+            return jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(
+                f"--processes=auto found no cluster here ({error}); leave it out for a single "
+                "process, or give HOST:PORT,COUNT,NUMBER"
+            ) from None
     try:
         address, count, number = text.split(",")
         host, port = address.rsplit(":", 1)
@@ -212,13 +229,15 @@ class Stop:
 
     def __init__(self):
         self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
         if not jax.distributed.is_initialized():  # JAX's own handler spreads it over processes
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.ask)
+            signal.signal(signal.SIGTERM, self.ask)
 
     def ask(self, number: int, _) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step; the same answer in all processes."""
@@ -227,34 +246,14 @@ class Stop:
         return self.asked
 
 
-class Programs:
-    """Compiled programs by key, made one at a time in the background before they are needed."""
+def leave(status: int) -> None:
+    """Ends this process now, without waiting for programs and batches that are being made.
 
-    def __init__(self, compile: Callable):
-        """`compile(key)` returns the program."""
-        self.compile, self.pool, self.started = compile, ThreadPoolExecutor(1), {}
-
-    def start(self, key) -> None:
-        """Begins to compile, unless that has begun before."""
-        if key not in self.started:
-            self.started[key] = self.pool.submit(self.timed, key)
-
-    def timed(self, key) -> tuple[Callable, float]:
-        start = time.perf_counter()
-        return self.compile(key), time.perf_counter() - start
-
-    def wait(self, key) -> str:
-        """Returns when the program is there, and how long it took, in words."""
-        start = time.perf_counter()
-        self.start(key)
-        _, seconds = self.started[key].result()
-        waited = time.perf_counter() - start
-        return f"compiled in {seconds:.1f} s, of which {waited:.1f} s were waited for"
-
-    def __getitem__(self, key) -> Callable:
-        self.start(key)
-        return self.started[key].result()[0]
-
-    def close(self) -> None:
-        """Begins no further ones."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    With status 0 the processes of a run leave together. With another one this process must not wait
+    for the others, which wait for it in a sum over devices: without it they end as well.
+    """
+    if jax.distributed.is_initialized() and status == 0:
+        jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

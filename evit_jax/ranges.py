@@ -2,44 +2,46 @@
 """Which values the numbers of a configuration may have."""
 
 import math
+import sys
 from collections.abc import Mapping
 
 from evit_jax.errors import InputError
 
 POSITIVE = math.ulp(0.0)  # the smallest number above zero
+LARGEST = sys.float_info.max  # anything but infinity
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
 RANGES = {
     "seed": (0, 2**31 - 1),
-    "epochs": (POSITIVE, math.inf),
+    "epochs": (POSITIVE, LARGEST),
     "label_smoothing": (0, BELOW_ONE),
     "ema_decay": (0, BELOW_ONE),
-    "keep_warmup.start_epoch": (0, math.inf),
-    "keep_warmup.epochs": (0, math.inf),
+    "keep_warmup.start_epoch": (0, LARGEST),
+    "keep_warmup.epochs": (0, LARGEST),
     "keep_warmup.rungs": (1, 1000),
-    "optimizer.lr": (0, math.inf),
-    "optimizer.warmup_lr": (0, math.inf),
-    "optimizer.warmup_epochs": (0, math.inf),
-    "optimizer.min_lr": (0, math.inf),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.clip_norm": (0, math.inf),
+    "optimizer.lr": (0, LARGEST),
+    "optimizer.warmup_lr": (0, LARGEST),
+    "optimizer.warmup_epochs": (0, LARGEST),
+    "optimizer.min_lr": (0, LARGEST),
+    "optimizer.weight_decay": (0, LARGEST),
+    "optimizer.clip_norm": (0, LARGEST),
     "optimizer.b1": (0, BELOW_ONE),
     "optimizer.b2": (0, BELOW_ONE),
     "augment.scale": (POSITIVE, 1),
-    "augment.ratio": (POSITIVE, math.inf),
+    "augment.ratio": (POSITIVE, LARGEST),
     "augment.randaugment_magnitude": (0, 10),
-    "augment.randaugment_std": (0, math.inf),
+    "augment.randaugment_std": (0, LARGEST),
     "augment.randaugment_layers": (0, 15),
     "augment.color_jitter": (0, 1),
     "augment.repeats": (1, 100),
     "mix.erasing": (0, 1),
-    "mix.mixup": (0, math.inf),
-    "mix.cutmix": (0, math.inf),
+    "mix.mixup": (0, LARGEST),
+    "mix.cutmix": (0, LARGEST),
     "mix.switch": (0, 1),
-    "run.accumulate": (1, math.inf),
-    "run.log_every": (1, math.inf),
-    "run.eval_every": (0, math.inf),
-    "run.checkpoint_every": (0, math.inf),
+    "run.accumulate": (1, LARGEST),
+    "run.log_every": (1, LARGEST),
+    "run.eval_every": (0, LARGEST),
+    "run.checkpoint_every": (0, LARGEST),
     "run.threads": (0, 1024),
     "run.workers": (0, 1024),
 }
@@ -59,5 +61,5 @@ def check_ranges(config: Mapping) -> None:
             raise InputError(f"{field} must be two numbers, the smaller first, got {value}")
         if not all(low <= number <= high for number in numbers):
             least = "above 0" if low == POSITIVE else f"{low} or more"
-            most = {math.inf: "", BELOW_ONE: " and below 1"}.get(high, f" and at most {high}")
+            most = {LARGEST: "", BELOW_ONE: " and below 1"}.get(high, f" and at most {high}")
             raise InputError(f"{field} must be {least}{most}, got {value}")

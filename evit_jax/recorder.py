@@ -83,15 +83,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def broken(
-    workdir: Path, step: int, figures: dict[str, float], indices: list[int], latest: int | None
+    workdir: Path,
+    step: int,
+    figures: dict[str, float],
+    indices: list[int],
+    latest: int | None,
+    host: int = 0,
 ) -> InputError:
     """What to tell the user, and to keep in the workdir, when a step's figures are not finite.
 
     Args:
+      host: this process's number; each keeps its own images.
       indices: places of the step's images in the training data, of this process.
       latest: step of the latest checkpoint.
     """
-    path = workdir / "broken_batch.json"
+    path = workdir / (f"broken_batch_{host}.json" if host else "broken_batch.json")
     with contextlib.suppress(OSError):  # a full disk must not hide the message
         write_whole(path, json.dumps(dict(step=step, indices=indices)) + "\n")
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
@@ -147,9 +153,9 @@ class Recorder:
         Returns the places of the batch's images in the source.
         """
         index, damaged = batch.pop("index"), batch.pop("damaged")
-        for number in set(index[damaged].tolist()) - self.skipped:
-            self.skipped.add(number)
-            self.say(f"skipped damaged image {len(self.skipped)}: {source[number]['name']}")
+        for name in {source[number]["name"] for number in index[damaged].tolist()} - self.skipped:
+            self.skipped.add(name)  # also on other processes, which have images of their own
+            tqdm.write(f"skipped damaged image {len(self.skipped)}: {name}")
         return index.tolist()
 
     def write(self, figures: dict) -> None:

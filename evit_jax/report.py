@@ -100,6 +100,7 @@ def summary(rows: dict[str, dict]) -> dict:
     figures["images_per_second"] = float(np.median(first["images_per_second"]))
     figures["dense_top1"], figures["dense_macs"] = last["test_top1"], last["macs"]
     figures["dense_images_per_second"] = float(np.median(last["images_per_second"]))
+    figures["test_top1_of"] = {name: row["test_top1"] for name, row in rows.items()}
     return figures | dict(speedup=speedup(first, last))
 
 
@@ -124,16 +125,20 @@ def line(figures: dict, total: int) -> str:
 
 
 def memory_table(state: dict, batch: dict, compiled, devices: int) -> str:
-    """What a compiled training step needs on each device, by XLA's own account."""
-    share = size_of(batch) / devices
-    rows = [[f"memory on each of {devices} {jax.default_backend()} device(s)", "MiB"]]
-    rows.append(["parameters", f"{size_of(state['params']) / 2**20:,.1f}"])
-    rows.append(["training state (with the parameters)", f"{size_of(state) / 2**20:,.1f}"])
-    rows.append(["batch", f"{share / 2**20:,.1f}"])
+    """What a compiled training step needs, on each device by XLA's own account."""
+    rows = [[f"memory on {devices} {jax.default_backend()} device(s)", "MiB"]]
+
+    def row(name: str, size: float) -> None:
+        rows.append([name, f"{size / 2**20:,.1f}"])
+
+    row("parameters", size_of(state["params"]))
+    row("training state (with the parameters)", size_of(state))
+    row("batch", size_of(batch))
     if (analysis := compiled.memory_analysis()) is not None:
-        temporary = analysis.temp_size_in_bytes
-        rows.append(["activations and temporaries", f"{temporary / 2**20:,.1f}"])
-        rows.append(["training step", f"{(size_of(state) + share + temporary) / 2**20:,.1f}"])
+        arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+        row("on each device: its part of them", arguments)
+        row("on each device: activations and temporaries", temporary)
+        row("on each device: training step", arguments + temporary)
     return table(rows)
 
 

@@ -49,6 +49,12 @@ def open_teacher(
     Raises:
       InputError: an unknown teacher, one without weights, or with other classes.
     """
+    named_model = teacher not in ("", "self") and not teacher.endswith(".npy")
+    if weights and not named_model:
+        raise InputError(
+            "distill.weights are for a teacher that is named: "
+            f"--config.distill.teacher=NAME, got {teacher!r}"
+        )
     if not teacher:
         return Teacher()
     if not 0 <= alpha <= 1 or not 0 < temperature < math.inf:
@@ -62,7 +68,10 @@ def open_teacher(
     if teacher.endswith(".npy"):
         if not Path(teacher).is_file():
             raise InputError(f"distill.teacher: there is no file {teacher}")
-        logits = np.load(teacher, mmap_mode="r")
+        try:
+            logits = np.load(teacher, mmap_mode="r")
+        except ValueError as error:
+            raise InputError(f"{teacher} is not a NumPy array: {error}") from None
         if logits.ndim != 2 or logits.shape[1] != model.num_classes:
             raise InputError(
                 f"{teacher} must hold (training images, {model.num_classes} classes), "
@@ -77,5 +86,5 @@ def open_teacher(
     )
     if not weights:
         raise InputError(f"the teacher {teacher} needs weights: --config.distill.weights=FILE")
-    params = load_params(weights, named, key=jax.random.key(0))
+    params = jax.device_get(load_params(weights, named, key=jax.random.key(0)))
     return Teacher(distillation, named, preprocessing(teacher), {"teacher": params})

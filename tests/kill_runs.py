@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from evit_jax.checkpoint import Checkpoints
-from tests.test_train import DIGITS, OFTEN, same_results, start
+from tests.test_train import DIGITS, OFTEN, rest_of, same_results, start, wait_for
 
 
 def state_of(workdir):
@@ -35,26 +35,22 @@ def state_of(workdir):
 def finish(line):
     """(what the run printed, seconds from its first line to its end)"""
     process = start(*line)
-    first, began = process.stdout.readline(), time.monotonic()
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-2000:]
-    return first + out, time.monotonic() - began
+    wait_for(process)
+    began = time.monotonic()
+    code, out, err = rest_of(process)
+    assert code == 0, err[-2000:]
+    return out, time.monotonic() - began
 
 
-def kill_once(line, number, delay):
-    """(exit status of the killed run, the step it said it stopped after, the resumed one's first).
-
-    The steps are None where it was killed before it had any, or by SIGKILL.
-    """
+def kill(line, number, delay):
+    """(exit status, the step it said it stopped after or None)"""
     process = start(*line)
-    process.stdout.readline()
+    wait_for(process)
     time.sleep(delay)
     process.send_signal(number)
-    out, _ = process.communicate()
+    status, out, _ = rest_of(process)
     stopped = re.search(r"stopped after step (\d+)", out)
-    resumed = re.search(r"going on from the checkpoint of step ([\d,]+)", finish(line)[0])
-    steps = [int(found[1].replace(",", "")) if found else None for found in (stopped, resumed)]
-    return process.returncode, *steps
+    return status, stopped and stopped[1]
 
 
 def main():
@@ -71,27 +67,28 @@ def main():
         whole = folder / "whole"
         _, length = finish([*flags.rest, f"--workdir={whole}"])
         expected = state_of(whole)
-        late = 0
-        for i in range(flags.count):
-            workdir, delay = folder / str(i), rng.uniform(0, length)
-            status, stopped, resumed = kill_once(
-                [*flags.rest, f"--workdir={workdir}"], number, delay
-            )
-            late += status == 0 and stopped is None  # it had ended before it was killed
-            if stopped is not None:
+        killed, saving = 0, 0
+        while killed < flags.count:
+            workdir, delay = folder / "killed", rng.uniform(0, length)
+            line = [*flags.rest, f"--workdir={workdir}"]
+            status, stopped = kill(line, number, delay)
+            if status == 0 and stopped is None:  # it had ended before
+                shutil.rmtree(workdir)
+                continue
+            killed += 1
+            saving += any((workdir / "checkpoints").glob("*tmp*"))
+            out, _ = finish(line)
+            if number == signal.SIGTERM:
                 assert status == 0
-                assert resumed == stopped
+                assert f"going on from the checkpoint of step {stopped} in" in out, (stopped, out)
             jax.tree.map(np.testing.assert_array_equal, state_of(workdir), expected)
             same_results(workdir, whole)
-            print(
-                f"{i + 1}/{flags.count}: after {delay:.1f} of {length:.1f} s status {status}, "
-                f"stopped at {stopped}, went on from {resumed}: identical",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
             shutil.rmtree(workdir)
+            said = f"after {delay:.1f} of {length:.1f} s, stopped at step {stopped}: identical"
+            print(f"{killed}/{flags.count}: {said}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder)
-    print(json.dumps(dict(signal=flags.signal, killed=flags.count - late, identical=flags.count)))
+    print(json.dumps(dict(signal=flags.signal, killed=killed, saving=saving, identical=killed)))
 
 
 if __name__ == "__main__":

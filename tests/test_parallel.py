@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -14,10 +13,13 @@ import pytest
 from evit_jax import steps
 from evit_jax.checkpoint import Checkpoints
 from evit_jax.errors import InputError
-from evit_jax.parallel import DataParallel, PmapParallel, Programs, choose, start_processes
+from evit_jax.losses import Distillation
+from evit_jax.mix import Mix
+from evit_jax.parallel import DataParallel, PmapParallel, choose, start_processes
 from tests.test_steps import BATCH, CARD, MODEL, make_batch, make_step
 from tests.test_steps import init as init_small
-from tests.whole_recipe import follow, init
+from tests.whole_recipe import MODEL as WHOLE_MODEL
+from tests.whole_recipe import OPTIMIZER, follow, init
 
 ROOT = Path(__file__).parents[1]
 MODES = {
@@ -44,8 +46,17 @@ def assert_same_run(losses, grads, alone):
     np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "accumulate"),
+    [
+        ("jit on one device", 4),
+        ("jit", 1),
+        ("jit", 4),
+        ("jit with sharded state", 1),
+        ("pmap", 1),
+        ("pmap", 4),
+    ],
+)
 def test_the_whole_recipe_is_the_same_however_it_is_shared(mode, accumulate, alone):
     losses, grads, _ = follow(MODES[mode](), accumulate=accumulate)
     assert len(losses) == 20
@@ -129,15 +140,15 @@ def test_evaluation_is_the_same_in_every_mode(mode):
 
 def test_a_batch_that_does_not_divide_is_refused():
     devices = DataParallel()
-    devices.check_batch_size(12)
-    devices.check_batch_size(32, accumulate=4, pairs=True)
+    devices.check_batch_size("batch_size", 12)
+    devices.check_batch_size("batch_size", 32, accumulate=4, pairs=True)
     for size, settings, message in [
         (10, {}, r"multiple of the 4 device\(s\), got 10; try 8"),
         (24, dict(accumulate=4), r"multiple of 16 \(4 device\(s\) x 4 micro-batches\)"),
         (12, dict(pairs=True), r"multiple of 8 \(4 device\(s\) x 2, as images are mixed in pairs"),
     ]:
         with pytest.raises(InputError, match=message):
-            devices.check_batch_size(size, **settings)
+            devices.check_batch_size("batch_size", size, **settings)
 
 
 def test_modes_and_processes_that_do_not_exist_are_refused():
@@ -150,21 +161,40 @@ def test_modes_and_processes_that_do_not_exist_are_refused():
             start_processes(text)
 
 
-def test_programs_are_compiled_in_the_background_and_once():
-    began, go_on = threading.Event(), threading.Event()
-    made = []
+def test_an_images_place_does_not_depend_on_the_order_of_devices():
+    """As on TPU slices, whose devices are listed by where they are."""
+    shuffled = DataParallel([jax.devices()[i] for i in (2, 0, 3, 1)])
+    batch = shuffled.put(dict(label=np.arange(8)))["label"]
+    places = {shard.device.id: shard.index[0].start for shard in batch.addressable_shards}
+    assert [places[device.id] for device in jax.devices()] == [0, 2, 4, 6]
 
-    def compile(key):
-        began.set()
-        assert go_on.wait(10)
-        made.append(key)
-        return key.upper
 
-    programs = Programs(compile)
-    programs.start("a")
-    assert began.wait(10)  # and this thread was not held up
-    go_on.set()
-    assert programs["a"]() == "A"
-    assert "compiled in" in programs.wait("a")
-    assert programs["b"]() == "B"
-    assert made == ["a", "b"]
+def test_a_teacher_is_placed_as_the_state_is():
+    devices = DataParallel(shard_params=True)
+    params = init(jax.random.key(5))["params"]
+    frozen = devices.init(dict, dict(teacher=params))
+    state = devices.init(init, jax.random.key(0))
+    recipe = steps.Recipe(
+        preprocessing=CARD,
+        optimizer=OPTIMIZER,
+        mix=Mix(),
+        distillation=Distillation(),
+        teacher=WHOLE_MODEL.clone(keep=()),
+    )
+    step = functools.partial(steps.train_step, models=(WHOLE_MODEL,), recipe=recipe)
+    shapes = steps.batch_shapes(WHOLE_MODEL.image_size, 32)
+    batch = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    program = devices.compile_train(step, state, shapes, frozen)
+    _, figures = program(state, devices.put(batch), frozen)
+    assert np.isfinite(float(figures["loss"]))
+
+
+def test_a_state_is_restored_without_a_second_one_beside_it():
+    devices = DataParallel(shard_params=True)
+    state = devices.init(init, jax.random.key(0))
+    placed = devices.placed(jax.eval_shape(init, jax.random.key(0)))
+    jax.tree.map(lambda a, b: assert_equal(a.sharding, b.sharding), placed, state)
+
+
+def assert_equal(a, b):
+    assert a == b

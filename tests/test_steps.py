@@ -8,9 +8,10 @@ import optax
 import pytest
 
 from evit_jax import losses, metrics, optim, plan, steps
+from evit_jax.background import Programs
 from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params
-from evit_jax.parallel import DataParallel, Programs
+from evit_jax.parallel import DataParallel
 from evit_jax.preprocessing import Preprocessing
 
 BATCH = 8

@@ -74,7 +74,7 @@ def main() -> None:
     changes = dict(crop=flags.crop, interpolation=flags.interpolation)
     card = dataclasses.replace(card, **{k: v for k, v in changes.items() if v is not None})
     devices = DataParallel()
-    devices.check_batch_size(flags.batch_size)
+    devices.check_batch_size("--batch_size", flags.batch_size)
     rates = numbers(flags.keep_rate, float) or (None,)
     layers = numbers(flags.layers, int) or None
 

@@ -2,6 +2,7 @@
 """Twenty steps with everything on that draws at random, however devices and processes share them.
 
 python -m tests.whole_recipe MODE ACCUMULATE PROCESSES OUT.npz   is one process of several
+JAX_NUM_CPU_DEVICES=4 python -m tests.whole_recipe   prints how far modes and micro-batches differ
 """
 
 import contextlib
@@ -69,7 +70,30 @@ def follow(devices, *, accumulate=1, first=0, state=None, last=STEPS):
     return np.array(losses), grads, state
 
 
-if __name__ == "__main__":
+def compare():
+    """Prints the relative differences from one device: first gradients, and largest of a loss."""
+    one = parallel.DataParallel(jax.devices()[:1])
+    sharded = parallel.DataParallel(shard_params=True)
+    modes = dict(
+        one=one, jit=parallel.DataParallel(), sharded=sharded, pmap=parallel.choose("pmap")
+    )
+    losses, grads, _ = follow(one)
+    for name, accumulate in [
+        ("one", 4),
+        ("jit", 1),
+        ("jit", 4),
+        ("sharded", 1),
+        ("pmap", 1),
+        ("pmap", 4),
+    ]:
+        others, theirs, _ = follow(modes[name], accumulate=accumulate)
+        first = np.linalg.norm(theirs - grads) / np.linalg.norm(grads)
+        print(f"{name} x{accumulate}: {first:.1e} {np.abs(others / losses - 1).max():.1e}")
+
+
+if __name__ == "__main__" and len(sys.argv) == 1:
+    compare()
+elif __name__ == "__main__":
     mode, accumulate, processes, out = sys.argv[1:]
     parallel.start_processes(processes)
     losses, grads, _ = follow(parallel.choose(mode), accumulate=int(accumulate))

@@ -16,8 +16,9 @@ from evit_jax.reducers import Reducer, Signals, Tokens
 weight_init = nn.initializers.normal(0.02)
 
 
+@jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x * Phi(x)."""
+    """The exact GELU, x * Phi(x). For the backward pass only x is stored, and the rest redone."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -77,26 +78,30 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, weight: jax.Array | None
+        self, x: jax.Array, weight: jax.Array | None, first: int | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x (B, N, D), weight (B, N) or None -> (B, N, D), row (B, N) float32, keys (B, N, C)."""
+        """x (B, N, D), weight (B, N) or None -> (B, N, D), row (B, N) float32, keys (B, N, C).
+
+        With `first` only so many tokens ask, and the result is (B, first, D).
+        """
         batch, length, width = x.shape
         head_width = width // self.num_heads
         dense = dict(kernel_init=weight_init, dtype=self.dtype)
 
         qkv = nn.Dense(3 * width, name="qkv", **dense)(x)
         qkv = qkv.reshape(batch, length, 3, self.num_heads, head_width)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # 3 x (B, H, N, C)
-        q = q * head_width**-0.5  # on q: N x C products instead of N x N
+        # Scaled before it is turned, q takes part in the copy that turning is on a CPU.
+        q = (qkv[:, :first, 0] * head_width**-0.5).transpose(0, 2, 1, 3)  # (B, H, first or N, C)
+        k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in (1, 2))  # (B, H, N, C)
 
-        factors = None if weight is None else key_weights(weight)
+        factors = None if weight is None else key_weights(weight)[:, :, :first]
         logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
         unscaled, total = softmax_weights(logits, factors)
         # Dividing after the product with v touches N x C values instead of N x N.
         y = jnp.einsum(
             "bhqk,bhkc->bhqc", unscaled.astype(v.dtype), v, preferred_element_type=jnp.float32
         )
-        y = (y / total).astype(self.dtype).transpose(0, 2, 1, 3).reshape(batch, length, width)
+        y = (y / total).astype(self.dtype).transpose(0, 2, 1, 3).reshape(batch, -1, width)
         y = nn.Dense(width, name="proj", **dense)(y)
 
         # The class token's row is its own small softmax, so that the attention above is free to
@@ -136,17 +141,21 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Tokens, keys: jax.Array | None) -> tuple[Tokens, jax.Array]:
+    def __call__(
+        self, tokens: Tokens, keys: jax.Array | None, first: int | None = None
+    ) -> tuple[Tokens, jax.Array]:
         """Returns the tokens after the block and the class token's attention (B, N) before it.
 
         `keys` (B,) are random, one per image, for what a training model draws; None draws nothing.
+        With `first` only so many of the first tokens are worked out and none is reduced; the others
+        are looked at and gone.
         """
         attention = Attention(self.num_heads, self.dtype, name="attn")
-        y, row, seen = attention(norm("norm1")(tokens.x), tokens.weight)
+        y, row, seen = attention(norm("norm1")(tokens.x), tokens.weight, first)
         y = dropout(y, self.dropout_rate, fold(keys, 0))
         y = dropout(y, self.drop_path_rate, fold(keys, 1), whole=True)
-        tokens = tokens.replace(x=tokens.x + y)
-        if self.keep is not None:
+        tokens = tokens.replace(x=tokens.x[:, :first] + y, size=tokens.size[:, :first])
+        if self.keep is not None and first is None:
             signals = Signals(row, seen, key=fold(keys, 2), layer=self.layer, train=self.train)
             tokens = self.reducer(tokens, signals, self.keep)
         mlp = Mlp(self.hidden, self.dropout_rate, self.dtype, name="mlp")

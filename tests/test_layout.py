@@ -12,6 +12,7 @@ ALLOWED = {
     "errors": set(),
     "spec": set(),
     "plan": set(),
+    "timetable": {"plan"},
     "flops": set(),
     "losses": set(),
     "metrics": set(),
@@ -96,7 +97,7 @@ def test_data_needs_neither_jax_nor_flax_nor_tensorflow():
         roots = {name.split(".")[0] for name in imported(path)}
         assert "tensorflow" not in roots
         assert "torch" not in roots
-        if part_of(path) in ("data", "plan", "flops"):
+        if part_of(path) in ("data", "plan", "timetable", "flops"):
             assert not roots & {"jax", "flax", "optax"}
 
 

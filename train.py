@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from evit_jax import cli, metrics, optim, parallel, recorder, report, steps, timetable, timing
+from evit_jax import cli, metrics, optim, parallel, plan, recorder, report, steps, timetable, timing
 from evit_jax.background import Prefetch, Programs
 from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source, pipeline
@@ -75,10 +75,10 @@ def main() -> None:
     total = max(to_steps(config.epochs), 1)
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
-    rates = {name: config.model[name] for name in ("keep_rate", "layers", "keep_rates", "tokens")}
+    rates = {name: config.model[name] for name in plan.FIELDS}
 
     def at_rate(rate: float):
-        return model.clone(keep=model.plan(keep_rate=rate, layers=config.model.layers))
+        return model.clone(keep=model.plan(**rates | dict(keep_rate=rate)))
 
     by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
     stages = timetable.stages(
@@ -89,8 +89,8 @@ def main() -> None:
         rungs=config.keep_warmup.rungs,
     )
     if config.sandwich:
-        if len(stages) > 1 or rates["keep_rates"] or rates["tokens"]:
-            raise InputError("a sandwich takes the place of keep_warmup, keep_rates and tokens")
+        if len(stages) > 1 or any(rates[name] for name in ("keep_rates", "tokens", "macs")):
+            raise InputError("a sandwich takes the place of keep_warmup, keep_rates, tokens, macs")
         stages = timetable.sandwich(lambda rate: at_rate(rate).keep, config.sandwich)
     settings = dict(config.optimizer)
     warmup_steps = to_steps(settings.pop("warmup_epochs"))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from evit_jax.errors import InputError
 
 Keep = tuple[int | None, ...]
+FIELDS = ("keep_rate", "layers", "keep_rates", "tokens", "macs", "multiple_of")  # that ask for one
 
 
 def quarter_layers(depth: int) -> tuple[int, ...]:
@@ -111,6 +112,8 @@ def token_plan(
     layers: Sequence[int] | None = None,
     keep_rates: Sequence[float] | None = None,
     tokens: int | Sequence[int | None] | None = None,
+    multiple_of: int = 1,
+    prefix: int = 1,
     extra: int = 0,
     smallest: Callable[[int], int] = lambda n: 1,
     left: float = 0.0,
@@ -127,6 +130,8 @@ def token_plan(
       layers: reducing blocks, 0-based; default `quarter_layers(depth)`.
       keep_rates: one rate per block, instead of `keep_rate` and `layers`.
       tokens: absolute counts instead of rates, see `block_tokens`.
+      multiple_of: of what the tokens after each reducing block are a multiple, see `round_up`.
+      prefix: tokens in front of the patches, which count for `multiple_of`.
       extra: tokens the reducer appends where it reduces.
       smallest: n -> the fewest patch tokens the reducer can keep of n.
       left: how much of the way from keeping everything to the above is left to go, in [0, 1]; the
@@ -159,7 +164,71 @@ def token_plan(
             )
         keep.append(count if count < n else None)
         n = count + extra if count < n else n
-    return tuple(keep)
+    fixed = dict(prefix=prefix, extra=extra, smallest=smallest)
+    return round_up(tuple(keep), patches, multiple_of=multiple_of, **fixed)
+
+
+def round_up(
+    keep: Keep,
+    patches: int,
+    *,
+    multiple_of: int,
+    prefix: int = 1,
+    extra: int = 0,
+    smallest: Callable[[int], int] = lambda n: 1,
+) -> Keep:
+    """The plan with more tokens, so that a device's tiles are full.
+
+    After a reducing block there are as many tokens as the plan has there, prefix and appended ones
+    included, rounded up to a multiple. The roundings of several blocks do not add up. A block
+    that would so have all its tokens, or more, does not reduce.
+    """
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise InputError(
+            f"multiple_of must be a whole number from 1 up (1 rounds nothing), got {multiple_of!r}"
+        )
+    if multiple_of == 1:
+        return keep
+    rounded, n = [], patches
+    for count in keep:
+        if count is not None:
+            total = prefix + max(count, smallest(n)) + extra
+            total = math.ceil(total / multiple_of) * multiple_of
+            count = total - prefix - extra if total < prefix + n else None
+            n = n if count is None else total - prefix
+        rounded.append(count)
+    return tuple(rounded)
+
+
+def rate_within(macs: float, cost: Callable[[float], int]) -> float:
+    """The largest keep rate whose plan costs at most so much; 1 where the dense model does.
+
+    Plans, and what they cost, are step functions of the rate that never fall. Halving goes on until
+    no floating-point number is left between a rate that fits and one that does not, so no plan
+    along the rate is missed.
+
+    Args:
+      macs: the budget, multiply-accumulates of one image.
+      cost: keep rate -> those of its plan.
+
+    Raises:
+      InputError: a budget that is no number, or less than any plan costs.
+    """
+    if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not macs > 0:
+        raise InputError(
+            f"macs must be a number of multiply-accumulates per image, such as 3.0e9, got {macs!r}"
+        )
+    fits, exceeds = math.ulp(0.0), 1.0
+    if cost(exceeds) <= macs:
+        return exceeds
+    if (least := cost(fits)) > macs:
+        raise InputError(
+            f"no plan with these layers costs at most {macs:g} multiply-accumulates per image; "
+            f"the fewest possible are macs={least}"
+        )
+    while fits < (middle := (fits + exceeds) / 2) < exceeds:
+        fits, exceeds = (middle, exceeds) if cost(middle) <= macs else (fits, middle)
+    return fits
 
 
 def token_counts(keep: Keep, patches: int, *, prefix: int = 1, extra: int = 0) -> tuple[int, ...]:

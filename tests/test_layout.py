@@ -28,7 +28,7 @@ ALLOWED = {
     "recorder": {"report"},
     "cli": {"parallel", "recorder"},
     "reducers": {"plan"},
-    "models": {"reducers", "plan", "preprocessing"},
+    "models": {"reducers", "plan", "flops", "preprocessing"},
     "mix": set(),
     "teachers": {"losses", "models", "preprocessing"},
     "steps": {"losses", "metrics", "mix", "preprocessing"},

@@ -24,6 +24,7 @@ ALLOWED = {
     "data": set(),
     "parallel": set(),
     "checkpoint": set(),
+    "budget": {"flops", "parallel", "plan", "timing"},
     "report": {"flops"},
     "recorder": {"report"},
     "cli": {"parallel", "recorder"},
@@ -34,12 +35,14 @@ ALLOWED = {
     "steps": {"losses", "metrics", "mix", "preprocessing"},
     "predict": {"data", "models", "preprocessing"},
     "tools": {
+        "budget",
         "cli",
         "data",
         "flops",
         "metrics",
         "models",
         "parallel",
+        "plan",
         "preprocessing",
         "predict",
         "recorder",
@@ -49,7 +52,7 @@ ALLOWED = {
         "timing",
         "checkpoint",
     },
-    "__init__": {"models", "predict", "reducers"},
+    "__init__": {"budget", "models", "predict", "reducers"},
 }
 FILES = sorted((ROOT / "evit_jax").rglob("*.py"))
 

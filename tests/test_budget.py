@@ -66,7 +66,7 @@ def test_all_programs_take_turns_once_more_and_only_that_counts():
     device = Device(lambda model: tiles(model) * (1.02 if len(device.calls[-1]) > 1 else 1))
     model, rows = fit(device, 100)
     assert [row.keep for row in rows] == device.calls[-1]
-    assert len(device.calls[-1]) == PROGRAMS
+    assert len(rows) >= PROGRAMS
     assert rows[0].keep == MODEL.plan(keep_rate=1)
     for row in rows:
         expected = tiles(MODEL.clone(keep=row.keep)) * 1.02
@@ -96,12 +96,14 @@ def test_a_dense_model_within_the_budget_is_the_answer():
     assert [row.keep_rate for row in rows] == [1, 0.99]
 
 
-def test_a_machine_that_has_become_slower_gets_fewer_tokens():
-    device = Device(lambda model: tiles(model) * (1.5 if max(map(len, device.calls)) > 1 else 1))
+@pytest.mark.parametrize("change", [1.5, 0.7])
+def test_a_machine_that_was_slower_or_faster_at_first_does_not_mislead(change):
+    device = Device(lambda model: tiles(model) * (change if max(map(len, device.calls)) > 1 else 1))
     model, rows = fit(device, 100)
-    fitting = [n for keep, n in COUNTS.items() if 1.5 * tiles(MODEL.clone(keep=keep)) <= 100]
+    fitting = [n for keep, n in COUNTS.items() if change * tiles(MODEL.clone(keep=keep)) <= 100]
     assert sum(model.tokens_per_block) == max(fitting)
-    assert next(row for row in rows if row.keep == model.keep).milliseconds == 1.5 * tiles(model)
+    chosen = next(row for row in rows if row.keep == model.keep)
+    assert chosen.milliseconds == pytest.approx(change * tiles(model))
 
 
 def test_layers_and_multiples_reach_the_plan():

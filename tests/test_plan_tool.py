@@ -40,7 +40,7 @@ def test_a_budget_of_macs_gives_the_argument_to_paste(run):
     assert figures["config"] == f'--config.model.tokens="{model.keep}"'.replace(" ", "")
     lines = [line.split() for line in err.splitlines()]
     assert lines[2] == ["dense", "197", "x12", "4.5989"]
-    assert lines[3] == ["planned", *"197 x3, 139 x3, 98 x3, 69 x3 2.997".split()]
+    assert lines[3] == ["planned", *["197", "x3,", "139", "x3,", "98", "x3,", "69", "x3", "2.997"]]
 
 
 def test_layers_and_multiples_are_passed_on(run):

@@ -4,7 +4,7 @@
 Latency is a step function of the tokens: a tile of the device that is nearly empty costs as much as
 a full one, and some counts are slower than larger ones. So no formula is asked, and plans beside
 the one that just fits are measured too. Every plan is a program to compile, which takes most of the
-time: ten of them are made, and a few more on a machine that is not steady.
+time: ten of them are made, up to sixteen on a machine that is not steady.
 """
 
 import functools
@@ -22,6 +22,7 @@ from evit_jax.timing import take_turns
 
 RATES = tuple(percent / 100 for percent in range(100, 0, -1))
 PROGRAMS = 10  # compiled on a steady machine: dense, the halvings of RATES, and neighbours
+MOST = 16  # where plans took another time in turns than alone
 
 # Plans -> for each of them the seconds of several runs, in which the plans took turns.
 Measure = Callable[[Sequence[Keep]], Sequence[np.ndarray]]
@@ -54,8 +55,8 @@ def fit_latency(
     Candidates are the different plans at whole percents of the keep rate. The dense model is
     measured first; halving finds about where the budget is met, as if fewer tokens never took
     longer; then the plans around that place are compiled, most of them with more tokens, and all
-    programs take turns. Only what they take there counts, and the next larger candidate is always
-    among them.
+    programs take turns. Only what they take there counts. On a steady machine the next larger
+    candidate is always among them.
 
     Args:
       model: a model of this package; what it keeps so far does not matter.
@@ -102,10 +103,10 @@ def fit_latency(
         fitting = (index for index in seen if seen[index].milliseconds <= milliseconds)
         best = min(fitting, default=len(plans))
         above = max((index for index in seen if index < best), default=-1)
-        if best - above == 1:
+        if best - above == 1 or len(seen) >= MOST:
             break
         # The machine was slower or faster when the plans were alone: halve what is open now.
-        look(*sorted([*seen, (above + best) // 2]))
+        look(*(index for index in (above, (above + best) // 2, best) if index < len(plans)))
     if best < len(plans):
         return model.clone(keep=plans[best]), tuple(seen[index] for index in sorted(seen))
     fastest = min(seen.values(), key=lambda row: row.milliseconds)

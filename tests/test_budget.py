@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from evit_jax.budget import PROGRAMS, RATES, first_true, fit_latency, stopwatch
+from evit_jax.budget import MOST, PROGRAMS, RATES, first_true, fit_latency, stopwatch
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
 from evit_jax.reducers.evit import EViT
@@ -104,6 +104,17 @@ def test_a_machine_that_was_slower_or_faster_at_first_does_not_mislead(change):
     assert sum(model.tokens_per_block) == max(fitting)
     chosen = next(row for row in rows if row.keep == model.keep)
     assert chosen.milliseconds == pytest.approx(change * tiles(model))
+
+
+def test_noise_ends_the_search_too():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        device = Device(lambda model: tiles(model) * rng.lognormal(0, 0.3))
+        model, rows = fit(device, 100)
+        assert len(rows) <= MOST
+        chosen = next(row for row in rows if row.keep == model.keep)
+        assert chosen.milliseconds <= 100
+        assert all(row.milliseconds > 100 for row in rows[: rows.index(chosen)])
 
 
 def test_layers_and_multiples_reach_the_plan():

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from evit_jax import cli, metrics, optim, parallel, plan, recorder, report, steps, timing
+from evit_jax import cli, metrics, optim, parallel, plan, recorder, report, steps, timetable, timing
 from evit_jax.background import Prefetch, Programs
 from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source, pipeline
@@ -75,13 +75,13 @@ def main() -> None:
     total = max(to_steps(config.epochs), 1)
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
-    rates = {name: config.model[name] for name in ("keep_rate", "layers", "keep_rates", "tokens")}
+    rates = {name: config.model[name] for name in plan.FIELDS}
 
     def at_rate(rate: float):
-        return model.clone(keep=model.plan(keep_rate=rate, layers=config.model.layers))
+        return model.clone(keep=model.plan(**rates | dict(keep_rate=rate)))
 
     by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
-    stages = plan.stages(
+    stages = timetable.stages(
         lambda left: model.plan(**rates, left=left),
         min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]) if by_rate else None,
         start=to_steps(config.keep_warmup.start_epoch),
@@ -89,9 +89,9 @@ def main() -> None:
         rungs=config.keep_warmup.rungs,
     )
     if config.sandwich:
-        if len(stages) > 1 or rates["keep_rates"] or rates["tokens"]:
-            raise InputError("a sandwich takes the place of keep_warmup, keep_rates and tokens")
-        stages = plan.sandwich(lambda rate: at_rate(rate).keep, config.sandwich)
+        if len(stages) > 1 or any(rates[name] for name in ("keep_rates", "tokens", "macs")):
+            raise InputError("a sandwich takes the place of keep_warmup, keep_rates, tokens, macs")
+        stages = timetable.sandwich(lambda rate: at_rate(rate).keep, config.sandwich)
     settings = dict(config.optimizer)
     warmup_steps = to_steps(settings.pop("warmup_epochs"))
     optimizer, schedule = optim.create(**settings, warmup_steps=warmup_steps, total_steps=total)
@@ -121,7 +121,7 @@ def main() -> None:
         teacher.params,
     )
 
-    def compile_stage(stage: plan.Stage):
+    def compile_stage(stage: timetable.Stage):
         models = tuple(model.clone(keep=keep) for keep in (stage.keep, *stage.others))
         step = functools.partial(steps.train_step, models=models, recipe=recipe)
         return devices.compile_train(step, *shapes)
@@ -222,7 +222,7 @@ def main() -> None:
                 check(*last)  # from here on the devices have nothing to do
             with clock.waiting():
                 batch, images = next(train_batches)
-            stage = plan.stage_at(stages, step - 1, config.seed)
+            stage = timetable.stage_at(stages, step - 1, config.seed)
             if stage not in used:
                 used.add(stage)
                 with clock.paused():  # compiling is not training

@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     # Instead of keep_rate, which --config=FILE.py:keep_rate=None unsets:
     config.model.keep_rates = placeholder(tuple)  # one rate per block
     config.model.tokens = placeholder(tuple)  # counts, per layer or per block
+    config.model.macs = placeholder(float)  # multiply-accumulates of an image not to be exceeded
+    config.model.multiple_of = 1  # rounds the tokens after each reducing block up to a multiple
     config.model.reducer = "evit"  # or evit:fuse=False, random, tome:r=13 (without keep_rate)
     config.model.num_classes = 1000
     config.model.image_size = placeholder(tuple)  # 240 or (height, width); None: its own

@@ -11,13 +11,12 @@ and `smallest` (the fewest it can keep of n).
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from evit_jax.errors import InputError
 
 Keep = tuple[int | None, ...]
+FIELDS = ("keep_rate", "layers", "keep_rates", "tokens", "macs", "multiple_of")  # that ask for one
 
 
 def quarter_layers(depth: int) -> tuple[int, ...]:
@@ -113,6 +112,8 @@ def token_plan(
     layers: Sequence[int] | None = None,
     keep_rates: Sequence[float] | None = None,
     tokens: int | Sequence[int | None] | None = None,
+    multiple_of: int = 1,
+    prefix: int = 1,
     extra: int = 0,
     smallest: Callable[[int], int] = lambda n: 1,
     left: float = 0.0,
@@ -129,6 +130,8 @@ def token_plan(
       layers: reducing blocks, 0-based; default `quarter_layers(depth)`.
       keep_rates: one rate per block, instead of `keep_rate` and `layers`.
       tokens: absolute counts instead of rates, see `block_tokens`.
+      multiple_of: of what the tokens after each reducing block are a multiple, see `round_up`.
+      prefix: tokens in front of the patches, which count for `multiple_of`.
       extra: tokens the reducer appends where it reduces.
       smallest: n -> the fewest patch tokens the reducer can keep of n.
       left: how much of the way from keeping everything to the above is left to go, in [0, 1]; the
@@ -161,7 +164,71 @@ def token_plan(
             )
         keep.append(count if count < n else None)
         n = count + extra if count < n else n
-    return tuple(keep)
+    fixed = dict(prefix=prefix, extra=extra, smallest=smallest)
+    return round_up(tuple(keep), patches, multiple_of=multiple_of, **fixed)
+
+
+def round_up(
+    keep: Keep,
+    patches: int,
+    *,
+    multiple_of: int,
+    prefix: int = 1,
+    extra: int = 0,
+    smallest: Callable[[int], int] = lambda n: 1,
+) -> Keep:
+    """The plan with more tokens, so that a device's tiles are full.
+
+    After a reducing block there are as many tokens as the plan has there, prefix and appended ones
+    included, rounded up to a multiple. The roundings of several blocks do not add up. A block
+    that would so have all its tokens, or more, does not reduce.
+    """
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise InputError(
+            f"multiple_of must be a whole number from 1 up (1 rounds nothing), got {multiple_of!r}"
+        )
+    if multiple_of == 1:
+        return keep
+    rounded, n = [], patches
+    for count in keep:
+        if count is not None:
+            total = prefix + max(count, smallest(n)) + extra
+            total = math.ceil(total / multiple_of) * multiple_of
+            count = total - prefix - extra if total < prefix + n else None
+            n = n if count is None else total - prefix
+        rounded.append(count)
+    return tuple(rounded)
+
+
+def rate_within(macs: float, cost: Callable[[float], int]) -> float:
+    """The largest keep rate whose plan costs at most so much; 1 where the dense model does.
+
+    Plans, and what they cost, are step functions of the rate that never fall. Halving goes on until
+    no floating-point number is left between a rate that fits and one that does not, so no plan
+    along the rate is missed.
+
+    Args:
+      macs: the budget, multiply-accumulates of one image.
+      cost: keep rate -> those of its plan.
+
+    Raises:
+      InputError: a budget that is no number, or less than any plan costs.
+    """
+    if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not macs > 0:
+        raise InputError(
+            f"macs must be a number of multiply-accumulates per image, such as 3.0e9, got {macs!r}"
+        )
+    fits, exceeds = math.ulp(0.0), 1.0
+    if cost(exceeds) <= macs:
+        return exceeds
+    if (least := cost(fits)) > macs:
+        raise InputError(
+            f"no plan with these layers costs at most {macs:g} multiply-accumulates per image; "
+            f"the fewest possible are macs={least}"
+        )
+    while fits < (middle := (fits + exceeds) / 2) < exceeds:
+        fits, exceeds = (middle, exceeds) if cost(middle) <= macs else (fits, middle)
+    return fits
 
 
 def token_counts(keep: Keep, patches: int, *, prefix: int = 1, extra: int = 0) -> tuple[int, ...]:
@@ -171,90 +238,3 @@ def token_counts(keep: Keep, patches: int, *, prefix: int = 1, extra: int = 0) -
         n = n if count is None else count + extra
         counts.append(prefix + n)
     return tuple(counts)
-
-
-class Stage(NamedTuple):
-    """From `step` on, until the next stage, each block keeps `keep`.
-
-    `keep_rate` is the nominal rate for logs, None where counts were given instead of rates.
-    `others` are further plans trained in the same steps, see `sandwich`.
-    """
-
-    step: int
-    keep_rate: float | None
-    keep: Keep
-    others: tuple[Keep, ...] = ()
-
-
-def stages(
-    planner: Callable[[float], Keep],
-    keep_rate: float | None,
-    *,
-    start: int = 0,
-    length: int = 0,
-    rungs: int = 8,
-) -> tuple[Stage, ...]:
-    """The keep-rate warm-up as a table: few rows, one compiled program each.
-
-    EViT lowers the rate from 1 (before step `start`) to its target (from `start + length` on) along
-    a cosine, with a new rate every step (helpers.py:7-18). Followed exactly that would be up to 218
-    programs, so the curve is rounded to `rungs` equal falls between 1 and the target, switching
-    where the curve passes the middle between two of them. Rungs with equal counts are one stage.
-
-    Args:
-      planner: `left` -> what each block keeps, as `token_plan` takes it.
-      keep_rate: the target rate, for the logs.
-      start: first step of the fall.
-      length: steps of the fall; 0 falls to the target at `start`.
-      rungs: number of equal falls, at least 1.
-    """
-    if rungs < 1 or start < 0 or length < 0:
-        raise InputError(
-            "the keep-rate warm-up needs rungs >= 1, start >= 0 and length >= 0, "
-            f"got {rungs}, {start} and {length}"
-        )
-    table: list[Stage] = []
-    for rung in range(rungs + 1):
-        step, left = 0, 1 - rung / rungs
-        if rung:
-            # (1 + cos(pi t / length)) / 2 is what is left of the fall after t steps.
-            middle = 1 - (rung - 0.5) / rungs
-            step = start + math.ceil(length * math.acos(2 * middle - 1) / math.pi)
-        if table and table[-1].step == step:
-            table.pop()  # it would not run for a single step
-        rate = None if keep_rate is None else keep_rate + (1 - keep_rate) * left
-        stage = Stage(step, rate, planner(left))
-        if not table or table[-1].keep != stage.keep:
-            table.append(stage)
-    return tuple(table)
-
-
-def sandwich(planner: Callable[[float], Keep], rates: Sequence[float]) -> tuple[Stage, ...]:
-    """Every step trains the largest rate, the smallest and one of those between, drawn at random.
-
-    That is the sandwich rule of universally slimmable networks (Yu and Huang 2019); afterwards one
-    checkpoint serves all the rates. There is a stage, and a compiled program, for each rate between
-    the two, all from step 0.
-
-    Args:
-      planner: keep rate -> what each block keeps.
-      rates: at least two different keep rates.
-    """
-    rates = sorted({check_rate(rate) for rate in rates}, reverse=True)
-    if len(rates) < 2:
-        raise InputError(f"sandwich needs at least two different keep rates, got {rates}")
-    largest, *between, smallest = rates
-    return tuple(
-        Stage(0, rate, planner(largest), tuple(planner(r) for r in dict.fromkeys((rate, smallest))))
-        for rate in between or [smallest]
-    )
-
-
-def stage_at(table: tuple[Stage, ...], step: int, seed: int = 0) -> Stage:
-    """The stage in which `step` (counted from 0) is taken.
-
-    Among several that begin together it is drawn at random, as a function of seed and step.
-    """
-    latest = max(stage.step for stage in table if stage.step <= step)
-    rows = [stage for stage in table if stage.step == latest]
-    return rows[random.Random(f"{seed} {step}").randrange(len(rows))]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings written in one word: "keep_rate=0.5,debug" and "evit:fuse=False"."""
+"""Settings written in one word: "keep_rate=0.5,debug", "evit:fuse=False" and "3,6,9"."""
+
+from evit_jax.errors import InputError
 
 WORDS = {"True": True, "False": False, "None": None}
 
@@ -20,3 +22,11 @@ def parse_field(item: str) -> tuple[str, bool | int | float | str | None]:
         except (KeyError, ValueError):
             continue
     return name, text
+
+
+def numbers(text: str, kind: type) -> tuple:
+    """ "1,0.7" -> (1.0, 0.7)."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part)
+    except ValueError:
+        raise InputError(f"expected numbers with commas between them, got {text!r}") from None

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from configs import common
+from evit_jax import report
 from evit_jax.data import known_sources
 from evit_jax.errors import InputError
+from evit_jax.flops import macs
 from evit_jax.models import build_model
 from evit_jax.ranges import check_ranges
 from evit_jax.recorder import flatten
+from tests.test_train import train
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 RUNS = [name for name in NAMES if name != "common"]
@@ -56,6 +59,24 @@ def test_other_plans_take_the_place_of_the_keep_rate():
     assert build_model(**rates).tokens_per_block == (65, 47, 47, 47, 25, 25)
     tome = dict(config.model) | dict(reducer="tome:r=5")
     assert build_model(**tome).tokens_per_block == (60, 55, 50, 45, 40, 35)
+
+
+def test_a_budget_and_multiples_are_fields_that_training_follows(tmp_path):
+    budget = ["--config=configs/digits.py:debug,keep_rate=None", "--config.model.macs=2.4e6"]
+    code, out, err = train(
+        *budget, "--config.model.multiple_of=4", "--config.dry_run=True",
+        "--config.keep_warmup.epochs=1", "--config.keep_warmup.rungs=2",
+    )  # fmt: skip
+    assert code == 0, err
+    fields = dict(load("digits", "debug,keep_rate=None").model)
+    model = build_model(**fields | dict(macs=2.4e6, multiple_of=4))
+    stages = [line.split() for line in out.split("GMACs")[1].splitlines()[2:5]]
+    assert stages[0][1:3] == ["65", "x4"]
+    assert stages[2][1:-1] == report.runs(model.tokens_per_block).split()
+    assert float(stages[2][-1]) == pytest.approx(macs(model) / 1e9, rel=1e-3)
+    code, _, err = train(*budget, "--config.sandwich=(1.0,0.5)", f"--workdir={tmp_path}")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "a sandwich takes the place of keep_warmup, keep_rates, tokens, macs" in err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from evit_jax.data.augment import decode
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
 from evit_jax.models.pretrained import tensors_from_params
-from evit_jax.tools.evaluate import numbers
 from tests.test_sources import make_folder
 
 ROOT = Path(__file__).parents[1]
@@ -56,9 +55,12 @@ def test_evaluate_counts_every_image_at_every_rate(weights, tmp_path):
     code, figures, err = tool(
         "evaluate", f"--model={NAME}", f"--weights={weights}", f"--data={root}",
         f"--classes={classes}", "--keep_rate=1,0.7", "--batch_size=4", "--image_size=32",
+        "--multiple_of=1,5",
     )  # fmt: skip
     assert code == 0, err
-    dense, reduced = figures["results"]
+    dense, _, reduced, rounded = figures["results"]
+    assert (reduced["multiple_of"], rounded["multiple_of"]) == (1, 5)
+    assert rounded["loss"] == dense["loss"] != reduced["loss"]  # 5 tokens are all there are
     assert (dense["keep_rate"], reduced["keep_rate"]) == (1, 0.7)
     assert dense["images"] == reduced["images"] == 10
     assert (dense["tokens"][-1], reduced["tokens"]) == (5, [5] * 3 + [5] * 3 + [5] * 6)
@@ -187,8 +189,3 @@ def test_preprocessing_names_what_it_cannot_read(tmp_path):
         evit_jax.preprocess(NAME, [tmp_path / "none.jpg"])
     with pytest.raises(InputError, match="no images"):
         evit_jax.preprocess(NAME, [])
-
-
-def test_lists_of_numbers():
-    assert numbers("1,0.7", float) == (1.0, 0.7)
-    assert numbers("", int) == ()

@@ -12,6 +12,7 @@ ALLOWED = {
     "errors": set(),
     "spec": set(),
     "plan": set(),
+    "timetable": {"plan"},
     "flops": set(),
     "losses": set(),
     "metrics": set(),
@@ -23,22 +24,25 @@ ALLOWED = {
     "data": set(),
     "parallel": set(),
     "checkpoint": set(),
+    "budget": {"flops", "parallel", "plan", "timing"},
     "report": {"flops"},
     "recorder": {"report"},
     "cli": {"parallel", "recorder"},
     "reducers": {"plan"},
-    "models": {"reducers", "plan", "preprocessing"},
+    "models": {"reducers", "plan", "flops", "preprocessing"},
     "mix": set(),
     "teachers": {"losses", "models", "preprocessing"},
     "steps": {"losses", "metrics", "mix", "preprocessing"},
     "predict": {"data", "models", "preprocessing"},
     "tools": {
+        "budget",
         "cli",
         "data",
         "flops",
         "metrics",
         "models",
         "parallel",
+        "plan",
         "preprocessing",
         "predict",
         "recorder",
@@ -48,7 +52,7 @@ ALLOWED = {
         "timing",
         "checkpoint",
     },
-    "__init__": {"models", "predict", "reducers"},
+    "__init__": {"budget", "models", "predict", "reducers"},
 }
 FILES = sorted((ROOT / "evit_jax").rglob("*.py"))
 
@@ -96,7 +100,7 @@ def test_data_needs_neither_jax_nor_flax_nor_tensorflow():
         roots = {name.split(".")[0] for name in imported(path)}
         assert "tensorflow" not in roots
         assert "torch" not in roots
-        if part_of(path) in ("data", "plan", "flops"):
+        if part_of(path) in ("data", "plan", "timetable", "flops"):
             assert not roots & {"jax", "flax", "optax"}
 
 

@@ -10,6 +10,7 @@ import pytest
 import evit_jax
 from evit_jax import report
 from evit_jax.errors import InputError
+from evit_jax.flops import macs
 from evit_jax.models import backbones, build_model, create_model, init_params, preprocessing
 from evit_jax.preprocessing import IMAGENET
 
@@ -65,6 +66,39 @@ def test_reducing_adds_no_parameters_and_shares_them_between_rates():
     for variant in (model, again, model.clone(keep=model.plan(keep_rate=0.7))):
         logits, _ = apply(variant, params, images)
         assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("size", ["small", "small_distilled"])
+@pytest.mark.parametrize("reducer", ["evit", "evit:fuse=False", "random", "tome"])
+def test_a_budget_of_macs_is_never_exceeded_and_more_never_means_fewer_tokens(size, reducer):
+    settings = dict(name=f"deit_{size}_patch16_224", reducer=reducer)
+    before = (0,) * 12
+    for budget in (1.5e9, 2.0e9, 3.0e9, 3.0e9 + 4e6, 4.5e9):
+        model = build_model(**settings, macs=budget)
+        assert 0.99 * budget < macs(model) <= budget
+        assert all(map(int.__ge__, model.tokens_per_block, before))
+        before = model.tokens_per_block
+        rounded = build_model(**settings, macs=budget, multiple_of=8)
+        assert macs(rounded) <= budget
+        assert all(count % 8 == 0 for count in rounded.tokens_per_block if count < 197)
+        # What a plan costs is enough for it, and one less is not.
+        assert model.plan(macs=macs(model)) == model.keep
+        assert macs(model.clone(keep=model.plan(macs=macs(model) - 1))) < macs(model)
+    assert build_model(**settings, macs=4.7e9).keep == (None,) * 12
+    paper = model.plan(keep_rate=0.7)
+    assert model.plan(macs=macs(model.clone(keep=paper))) == paper
+
+
+def test_a_budget_has_layers_a_warm_up_and_nothing_beside_it():
+    model = build_model("deit_small_patch16_224", macs=3.5e9, layers=(2, 5))
+    assert [block for block, count in enumerate(model.keep) if count] == [2, 5]
+    costs = [macs(model.clone(keep=model.plan(macs=3e9, left=left))) for left in (0, 0.5, 1)]
+    assert costs[0] <= 3e9 < costs[1] < costs[2] == macs(model.clone(keep=()))
+    for other in (dict(keep_rate=0.7), dict(keep_rates=(0.9,) * 12), dict(tokens=50)):
+        with pytest.raises(InputError, match=r"give macs \(a budget\), or keep rates or tokens"):
+            model.plan(macs=3e9, **other)
+    with pytest.raises(InputError, match="has a schedule of its own"):
+        build_model("deit_small_patch16_224", macs=3e9, reducer="tome:r=13")
 
 
 def test_out_holds_owner_attention_and_tokens_of_every_block():

@@ -4,14 +4,7 @@ import math
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.plan import (
-    quarter_layers,
-    sandwich,
-    stage_at,
-    stages,
-    token_counts,
-    token_plan,
-)
+from evit_jax.plan import quarter_layers, rate_within, round_up, token_counts, token_plan
 
 FUSED = {
     0.9: (178, 162, 147),
@@ -89,80 +82,82 @@ def test_bad_requests_say_what_to_do(settings, text):
     assert text in str(error.value)
 
 
-def test_a_reducer_that_at_most_halves_bounds_the_plan():
-    def half(n):
-        return n - n // 2
+def half(n):
+    return n - n // 2
 
+
+def test_a_reducer_that_at_most_halves_bounds_the_plan():
     assert token_plan(8, 1, keep_rate=0.1, layers=(0,), smallest=half) == (4,)
     with pytest.raises(InputError, match="can keep 4 to 8"):
         token_plan(8, 1, tokens=3, layers=(0,), smallest=half)
 
 
-def planner(left):
-    return token_plan(196, 12, keep_rate=0.5, extra=1, left=left)
-
-
-def test_without_a_warm_up_there_is_one_stage():
-    table = stages(planner, 0.5)
-    assert [(stage.step, stage.keep_rate, stage.keep) for stage in table] == [(0, 0.5, planner(0))]
-
-
-def test_a_later_start_has_a_dense_stage_before_it():
-    table = stages(planner, 0.5, start=100)
-    assert [(stage.step, stage.keep_rate) for stage in table] == [(0, 1.0), (100, 0.5)]
-    assert table[0].keep == (None,) * 12
-
-
-@pytest.mark.parametrize("rungs", [1, 4, 8, 16])
-def test_stages_follow_the_papers_cosine_within_half_a_rung(rungs):
-    start, length, target = 626, 6260, 0.5
-    table = stages(planner, target, start=start, length=length, rungs=rungs)
-    assert len(table) <= rungs + 1
-    assert table[-1].keep == planner(0)
-    rung = (1 - target) / rungs
-    for step in range(0, 2 * (start + length), 97):
-        t = min(max(step - start, 0), length)
-        cosine = target + (1 - target) * 0.5 * (math.cos(math.pi * t / length) + 1)
-        assert abs(stage_at(table, step).keep_rate - cosine) <= rung / 2 + 1e-9
-    assert [stage.step for stage in table] == sorted({stage.step for stage in table})
-
-
-def test_rungs_with_equal_counts_are_one_stage():
-    table = stages(lambda left: token_plan(4, 1, keep_rate=0.5, layers=(0,), left=left), 0.5,
-                   length=100, rungs=16)  # fmt: skip
-    assert [stage.keep for stage in table] == [(None,), (3,), (2,)]
-
-
-def test_counts_are_warmed_up_too():
-    table = stages(lambda left: token_plan(100, 1, tokens=50, layers=(0,), left=left), None,
-                   length=10, rungs=2)  # fmt: skip
-    assert [(stage.keep_rate, stage.keep) for stage in table] == [
-        (None, (None,)),
-        (None, (75,)),
-        (None, (50,)),
+@pytest.mark.parametrize(
+    ("multiple_of", "totals"),
+    [
+        (1, (140, 100, 72)),
+        (8, (144, 104, 72)),
+        (16, (144, 112, 80)),
+        (64, (192, 128, 128)),
+        (128, (197, 128, 128)),
+        (256, (197, 197, 197)),
+    ],
+)
+@pytest.mark.parametrize(("prefix", "extra"), [(1, 1), (2, 0)])
+def test_all_tokens_after_a_reducing_block_are_rounded_up_once(multiple_of, totals, prefix, extra):
+    counts = dict(prefix=prefix, extra=extra)
+    keep = token_plan(196, 12, tokens=(140 - prefix - extra, 100 - prefix - extra,
+                      72 - prefix - extra), multiple_of=multiple_of, **counts)  # fmt: skip
+    dense = 196 + prefix
+    after = token_counts(keep, 196, **counts)
+    assert after == tuple(
+        dense if total == 197 else total for total in (197, *totals) for _ in range(3)
+    )
+    # A block that is left with what it gets does not reduce.
+    assert [keep[block] is None for block in (3, 6, 9)] == [
+        after[block] == after[block - 1] for block in (3, 6, 9)
     ]
 
 
-def test_a_warm_up_of_negative_length_is_refused():
-    with pytest.raises(InputError, match="length >= 0"):
-        stages(planner, 0.5, length=-1)
+def test_the_papers_rate_in_multiples_of_eight():
+    keep = token_plan(196, 12, keep_rate=0.7, extra=1, multiple_of=8)
+    assert [count for count in keep if count] == [142, 102, 70]
+    assert token_counts(keep, 196, extra=1)[3::3] == (144, 104, 72)
 
 
-def at_rate(rate):
-    return token_plan(196, 12, keep_rate=rate, extra=1)
+def test_rounding_respects_what_a_reducer_can_do():
+    # 17, 9, 5, 3 tokens by halving become 20, where the next block can go no lower than 11.
+    keep = token_plan(32, 4, keep_rate=0.1, layers=range(4), smallest=half, multiple_of=5)
+    assert token_counts(keep, 32) == (20, 15, 10, 10)
+    assert keep == (19, 14, 9, None)
+    assert round_up((None, 3), 4, multiple_of=1, extra=1) == (None, 3)
+    for wrong in (0, -8, 8.0, True):
+        with pytest.raises(InputError, match="multiple_of must be a whole number from 1 up"):
+            token_plan(196, 12, keep_rate=0.7, multiple_of=wrong)
 
 
-def test_a_sandwich_trains_the_largest_the_smallest_and_one_between():
-    table = sandwich(at_rate, (0.5, 0.9, 1.0, 0.7))
-    assert [stage.keep_rate for stage in table] == [0.9, 0.7]
-    for stage in table:
-        assert stage.step == 0
-        assert stage.keep == at_rate(1.0)
-        assert stage.others == (at_rate(stage.keep_rate), at_rate(0.5))
-    drawn = [stage_at(table, step, seed=3).keep_rate for step in range(1000)]
-    assert drawn == [stage_at(table, step, seed=3).keep_rate for step in range(1000)]
-    assert drawn != [stage_at(table, step, seed=4).keep_rate for step in range(1000)]
-    assert 430 < drawn.count(0.9) < 570
-    assert sandwich(at_rate, (1, 0.5))[0].others == (at_rate(0.5),)
-    with pytest.raises(InputError, match="at least two different"):
-        sandwich(at_rate, (0.5, 0.5))
+@pytest.mark.parametrize("settings", [
+    dict(extra=1), dict(extra=0, multiple_of=4), dict(smallest=half, layers=range(6)),
+])  # fmt: skip
+def test_a_budget_finds_the_costliest_plan_within_it_and_misses_none(settings):
+    def cost(rate):
+        keep = token_plan(36, 6, keep_rate=rate, **settings)
+        return sum(n * n for n in token_counts(keep, 36, extra=settings.get("extra", 0)))
+
+    steps = [k / n for n in range(1, 38) for k in range(1, n + 1)]  # where any count can change
+    rates = [math.nextafter(rate, to) for rate in steps for to in (0, rate, min(2 * rate, 1))]
+    costs = sorted({cost(rate) for rate in [*rates, 1e-9, 1.0]})
+    assert len(costs) > 5
+    for below, exact in zip([None, *costs], [*costs, math.inf], strict=True):
+        if below is not None:
+            assert cost(rate_within(exact - 1, cost)) == below
+        if exact < math.inf:
+            assert cost(rate_within(exact, cost)) == exact
+    with pytest.raises(InputError, match=f"fewest possible are macs={costs[0]}"):
+        rate_within(costs[0] - 1, cost)
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.nan, True, "3e9"])
+def test_a_budget_is_a_number_above_zero(wrong):
+    with pytest.raises(InputError, match=r"per image, such as 3\.0e9, got"):
+        rate_within(wrong, lambda rate: 1)

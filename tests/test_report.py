@@ -2,7 +2,7 @@
 import jax
 import pytest
 
-from evit_jax import plan, report
+from evit_jax import report, timetable
 from evit_jax.models import build_model, init_params
 
 MODEL = build_model("deit_small_patch16_224", keep_rate=0.7)
@@ -21,7 +21,7 @@ def test_the_parameter_table_adds_up():
 
 
 def test_the_stage_table_shows_epochs_tokens_and_macs():
-    stages = plan.stages(
+    stages = timetable.stages(
         lambda left: MODEL.plan(keep_rate=0.7, left=left), 0.7, start=1000, length=1000, rungs=1
     )
     lines = report.stage_table(MODEL, stages, steps_per_epoch=1000).splitlines()

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from evit_jax import losses, metrics, optim, plan, steps
+from evit_jax import losses, metrics, optim, steps, timetable
 from evit_jax.background import Programs
 from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params
@@ -220,7 +220,9 @@ def test_a_teacher_of_other_preprocessing_sees_what_it_expects():
 
 
 def test_one_program_is_compiled_per_stage():
-    stages = plan.stages(lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2)
+    stages = timetable.stages(
+        lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2
+    )
     assert len(stages) == 3
     traces, devices = [], DataParallel()
     state = devices.init(init, jax.random.key(0))
@@ -234,7 +236,7 @@ def test_one_program_is_compiled_per_stage():
 
     programs = Programs(build)
     for step in range(20):
-        stage = plan.stage_at(stages, step)
+        stage = timetable.stage_at(stages, step)
         for other in stages:
             programs.start(other)
         state, _ = programs[stage](state, devices.put(make_batch(step)), {})

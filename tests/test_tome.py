@@ -6,8 +6,8 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
-from evit_jax.plan import stages
 from evit_jax.reducers import Signals, Tokens, create_reducer, unmerge
+from evit_jax.timetable import stages
 from tests.test_reducers import BATCH, PATCHES, example
 
 

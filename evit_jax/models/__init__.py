@@ -51,6 +51,8 @@ def build_model(
     layers: tuple[int, ...] | None = None,
     keep_rates: tuple[float, ...] | None = None,
     tokens: int | tuple[int | None, ...] | None = None,
+    macs: float | None = None,
+    multiple_of: int = 1,
     reducer: str | Mapping | Reducer = "evit",
     **settings,
 ):
@@ -68,7 +70,14 @@ def build_model(
         settings["dtype"] = check_dtype(settings["dtype"])
     model = module(**settings, reducer=create_reducer(reducer))
     check_geometry(model)
-    keep = model.plan(keep_rate=keep_rate, layers=layers, keep_rates=keep_rates, tokens=tokens)
+    keep = model.plan(
+        keep_rate=keep_rate,
+        layers=layers,
+        keep_rates=keep_rates,
+        tokens=tokens,
+        macs=macs,
+        multiple_of=multiple_of,
+    )
     return model.clone(keep=keep)
 
 
@@ -88,6 +97,8 @@ def create_model(
       layers: reducing blocks, 0-based; default the reducer's own (EViT: 3, 6, 9 of 12).
       keep_rates: one rate per block, instead of keep_rate and layers.
       tokens: absolute counts instead of rates, one per layer or per block.
+      macs: a budget instead, multiply-accumulates of one image: the largest keep rate within it.
+      multiple_of: rounds the tokens after each reducing block, all of them, up to a multiple.
       reducer: "evit", "evit:fuse=False", dict(name="evit", fuse=False) or a Reducer.
       **settings: fields of the backbone, such as image_size, num_classes, drop_path_rate, dtype.
 

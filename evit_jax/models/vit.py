@@ -4,15 +4,18 @@
 Letters: B images, P original patches, N tokens, D width.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from evit_jax import flops
 from evit_jax.errors import InputError
 from evit_jax.models.layers import Block, dropout, fold, norm, weight_init
-from evit_jax.plan import Keep, check_layers, token_counts, token_plan
+from evit_jax.plan import Keep, check_layers, rate_within, token_counts, token_plan
 from evit_jax.preprocessing import IMAGENET, Preprocessing
 from evit_jax.reducers import Reducer, Tokens
 from evit_jax.reducers.evit import EViT
@@ -87,36 +90,58 @@ class ViT(nn.Module):
         return tuple(self.keep) or (None,) * self.depth
 
     def plan(
-        self, *, keep_rate=None, layers=None, keep_rates=None, tokens=None, left: float = 0.0
+        self,
+        *,
+        keep_rate: float | None = None,
+        layers: Sequence[int] | None = None,
+        keep_rates: Sequence[float] | None = None,
+        tokens: int | Sequence[int | None] | None = None,
+        macs: float | None = None,
+        multiple_of: int = 1,
+        left: float = 0.0,
     ) -> Keep:
         """`plan.token_plan` for this model and its reducer; see there.
 
-        Without rates and counts it is the reducer's own schedule, as far as it has one; with both
-        it is an error, but for keep_rate=1, the dense model.
+        Without rates, counts and budget it is the reducer's own schedule, as far as it has one;
+        with both it is an error, but for keep_rate=1, the dense model.
+
+        `macs` is a budget: multiply-accumulates of one image, as `flops.macs` counts them. The plan
+        is that of the largest keep rate, one for all `layers`, that does not exceed it. A larger
+        budget so never means fewer tokens anywhere, and what the dense model meets is dense.
         """
         at = self.reducer.default_layers(self.depth) if layers is None else layers
         at = check_layers(at, self.depth)
         if keep_rates is None:
             layers = at
         own = self.reducer.schedule(self.patches, self.prefix, at, self.depth)
-        if keep_rate is None and keep_rates is None and tokens is None:
+        given = [request for request in (keep_rate, keep_rates, tokens) if request is not None]
+        if macs is not None and given:
+            raise InputError(
+                "give macs (a budget), or keep rates or tokens, not both; "
+                "--config=FILE.py:keep_rate=None unsets a configuration's"
+            )
+        if macs is None and not given:
             tokens = own
         elif keep_rate != 1 and any(count is not None for count in own):
             raise InputError(
-                f"{self.reducer} has a schedule of its own; leave out either that or the rates "
-                "(--config=FILE.py:keep_rate=None unsets a configuration's)"
+                f"{self.reducer} has a schedule of its own; leave out either that or the rates, "
+                "counts or budget (--config=FILE.py:keep_rate=None unsets a configuration's)"
             )
-        return token_plan(
+        planned = functools.partial(
+            token_plan,
             self.patches,
             self.depth,
-            keep_rate=keep_rate,
             layers=layers,
-            keep_rates=keep_rates,
-            tokens=tokens,
+            multiple_of=multiple_of,
+            prefix=self.prefix,
             extra=self.reducer.extra,
             smallest=lambda n: self.reducer.smallest(n, self.prefix),
-            left=left,
         )
+        if macs is not None:
+            keep_rate = rate_within(
+                macs, lambda rate: flops.macs(self.clone(keep=planned(keep_rate=rate)))
+            )
+        return planned(keep_rate=keep_rate, keep_rates=keep_rates, tokens=tokens, left=left)
 
     def part(self, batch_size: int) -> int:
         """How many images of a batch to work on at a time.

@@ -2,7 +2,8 @@
 """Accuracy and speed of one set of weights at several keep rates, over one pass of decoding.
 
 python -m evit_jax.tools.evaluate --model=deit_tiny_patch16_224 --weights=FILE --data=FOLDER \\
-    [--classes=FILE.json] [--keep_rate=1,0.7] [--reducer=evit | evit:fuse=False | tome:r=13]
+    [--classes=FILE.json] [--keep_rate=1,0.7] [--reducer=evit | evit:fuse=False | tome:r=13] \\
+    [--multiple_of=1,8]
 
 The standard protocol: shorter side to size / crop, centre crop, mean and std as the model's card
 says. FOLDER holds class folders, or val/ (or test/) with class folders, or a TFDS set prepared as
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
@@ -27,6 +29,7 @@ from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
 from evit_jax.models import create_model, preprocessing
 from evit_jax.parallel import DataParallel
+from evit_jax.spec import numbers
 
 
 def arguments() -> argparse.Namespace:
@@ -38,6 +41,7 @@ def arguments() -> argparse.Namespace:
     add("--classes", help="JSON list of folder names in class order")
     add("--keep_rate", default="", help="one or several, such as 1,0.7; default the reducer's own")
     add("--layers", default="", help="reducing blocks, such as 3,6,9; default the reducer's own")
+    add("--multiple_of", default="1", help="one or several: tokens rounded up to multiples of it")
     add("--reducer", default="evit", help="evit, evit:fuse=False, random, tome:r=13, ...")
     add("--batch_size", type=int, default=50, help="images at a time, over all devices")
     add("--dtype", default="float32", help="of the computation: float32 or bfloat16")
@@ -50,14 +54,6 @@ def arguments() -> argparse.Namespace:
     if flags.threads < 0:
         raise InputError(f"--threads must be 0 or more, got {flags.threads}")
     return flags
-
-
-def numbers(text: str, kind: type) -> tuple:
-    """ "1,0.7" -> (1.0, 0.7)."""
-    try:
-        return tuple(kind(part) for part in text.split(",") if part)
-    except ValueError:
-        raise InputError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def open_data(flags: argparse.Namespace):
@@ -76,6 +72,7 @@ def main() -> None:
     devices = DataParallel()
     devices.check_batch_size("--batch_size", flags.batch_size)
     rates = numbers(flags.keep_rate, float) or (None,)
+    requests = list(itertools.product(rates, numbers(flags.multiple_of, int) or (1,)))
     layers = numbers(flags.layers, int) or None
 
     source = open_data(flags)
@@ -93,13 +90,17 @@ def main() -> None:
             "--classes=FILE, a JSON list of all of the model's, says which folder is which"
         )
     params = devices.init(dict, params)
-    variants = [model.clone(keep=model.plan(keep_rate=rate, layers=layers)) for rate in rates]
+    plans = [
+        model.plan(keep_rate=rate, layers=layers, multiple_of=multiple_of)
+        for rate, multiple_of in requests
+    ]
+    variants = [model.clone(keep=plan) for plan in plans]
     programs = [
         devices.compile_eval(functools.partial(steps.eval_step, model=variant, preprocessing=card))
         for variant in variants
     ]
 
-    sums, seconds = [[] for _ in rates], [0.0 for _ in rates]
+    sums, seconds = [[] for _ in variants], [0.0 for _ in variants]
     batches = pipeline.eval_batches(
         source,
         size=model.image_size,
@@ -121,13 +122,16 @@ def main() -> None:
                 sums[i].append(jax.block_until_ready(program(params, batch)))
                 seconds[i] += time.perf_counter() - start
 
-    results, shown = [], [["keep rate", "tokens", "top-1", "top-5", "loss", "images/s"]]
-    for rate, variant, totals, spent in zip(rates, variants, sums, seconds, strict=True):
+    results = []
+    shown = [["keep rate", "multiple of", "tokens", "top-1", "top-5", "loss", "images/s"]]
+    for request, variant, totals, spent in zip(requests, variants, sums, seconds, strict=True):
+        rate, multiple_of = request
         means = metrics.means(totals, "test")
         speed = total * flags.batch_size / spent  # padding is computed too
         results.append(
             dict(
                 keep_rate=rate,
+                multiple_of=multiple_of,
                 reducer=flags.reducer,
                 top1=means["test_top1"],
                 top5=means["test_top5"],
@@ -140,6 +144,7 @@ def main() -> None:
         shown.append(
             [
                 flags.reducer if rate is None else f"{rate:g}",
+                f"{multiple_of}",
                 report.runs(variant.tokens_per_block),
                 f"{100 * means['test_top1']:.2f} %",
                 f"{100 * means['test_top5']:.2f} %",

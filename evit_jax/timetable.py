@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which token plan is trained when: a table of few stages, one compiled program each.
+
+Nothing here knows of JAX or models either; a plan comes from a function of the keep rate.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from evit_jax.errors import InputError
+from evit_jax.plan import Keep, check_rate
+
+
+class Stage(NamedTuple):
+    """From `step` on, until the next stage, each block keeps `keep`.
+
+    `keep_rate` is the nominal rate for logs, None where counts were given instead of rates.
+    `others` are further plans trained in the same steps, see `sandwich`.
+    """
+
+    step: int
+    keep_rate: float | None
+    keep: Keep
+    others: tuple[Keep, ...] = ()
+
+
+def stages(
+    planner: Callable[[float], Keep],
+    keep_rate: float | None,
+    *,
+    start: int = 0,
+    length: int = 0,
+    rungs: int = 8,
+) -> tuple[Stage, ...]:
+    """The keep-rate warm-up as a table: few rows, one compiled program each.
+
+    EViT lowers the rate from 1 (before step `start`) to its target (from `start + length` on) along
+    a cosine, with a new rate every step (helpers.py:7-18). Followed exactly that would be up to 218
+    programs, so the curve is rounded to `rungs` equal falls between 1 and the target, switching
+    where the curve passes the middle between two of them. Rungs with equal counts are one stage.
+
+    Args:
+      planner: `left` -> what each block keeps, as `token_plan` takes it.
+      keep_rate: the target rate, for the logs.
+      start: first step of the fall.
+      length: steps of the fall; 0 falls to the target at `start`.
+      rungs: number of equal falls, at least 1.
+    """
+    if rungs < 1 or start < 0 or length < 0:
+        raise InputError(
+            "the keep-rate warm-up needs rungs >= 1, start >= 0 and length >= 0, "
+            f"got {rungs}, {start} and {length}"
+        )
+    table: list[Stage] = []
+    for rung in range(rungs + 1):
+        step, left = 0, 1 - rung / rungs
+        if rung:
+            # (1 + cos(pi t / length)) / 2 is what is left of the fall after t steps.
+            middle = 1 - (rung - 0.5) / rungs
+            step = start + math.ceil(length * math.acos(2 * middle - 1) / math.pi)
+        if table and table[-1].step == step:
+            table.pop()  # it would not run for a single step
+        rate = None if keep_rate is None else keep_rate + (1 - keep_rate) * left
+        stage = Stage(step, rate, planner(left))
+        if not table or table[-1].keep != stage.keep:
+            table.append(stage)
+    return tuple(table)
+
+
+def sandwich(planner: Callable[[float], Keep], rates: Sequence[float]) -> tuple[Stage, ...]:
+    """Every step trains the largest rate, the smallest and one of those between, drawn at random.
+
+    That is the sandwich rule of universally slimmable networks (Yu and Huang 2019); afterwards one
+    checkpoint serves all the rates. There is a stage, and a compiled program, for each rate between
+    the two, all from step 0.
+
+    Args:
+      planner: keep rate -> what each block keeps.
+      rates: at least two different keep rates.
+    """
+    rates = sorted({check_rate(rate) for rate in rates}, reverse=True)
+    if len(rates) < 2:
+        raise InputError(f"sandwich needs at least two different keep rates, got {rates}")
+    largest, *between, smallest = rates
+    return tuple(
+        Stage(0, rate, planner(largest), tuple(planner(r) for r in dict.fromkeys((rate, smallest))))
+        for rate in between or [smallest]
+    )
+
+
+def stage_at(table: tuple[Stage, ...], step: int, seed: int = 0) -> Stage:
+    """The stage in which `step` (counted from 0) is taken.
+
+    Among several that begin together it is drawn at random, as a function of seed and step.
+    """
+    latest = max(stage.step for stage in table if stage.step <= step)
+    rows = [stage for stage in table if stage.step == latest]
+    return rows[random.Random(f"{seed} {step}").randrange(len(rows))]

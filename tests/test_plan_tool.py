@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/plan.py as people run it."""
+
+import json
+
+import pytest
+
+from evit_jax.errors import InputError
+from evit_jax.flops import macs
+from evit_jax.models import build_model
+from evit_jax.tools import plan
+from tests.test_evaluate import tool
+
+SMALL = "deit_small_patch16_224"
+TINY = ["--model=deit_tiny_patch16_224", "--image_size=32"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the tool in this process: the JSON object of its last line, and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["plan", *arguments])
+        plan.main()
+        out, err = capsys.readouterr()
+        return json.loads(out.strip().rpartition("\n")[2]), err
+
+    return call
+
+
+def test_a_budget_of_macs_gives_the_argument_to_paste(run):
+    figures, err = run(f"--model={SMALL}", "--macs=3.0e9", "--reducer=evit:fuse=False")
+    model = build_model(SMALL, macs=3.0e9, reducer="evit:fuse=False")
+    assert figures["keep"] == list(model.keep)
+    assert figures["tokens"] == list(model.tokens_per_block)
+    assert figures["macs"] == macs(model) <= 3.0e9
+    assert figures["macs_ratio"] == pytest.approx(macs(model) / macs(build_model(SMALL)))
+    pasted = eval(f"dict({figures['argument']})")
+    assert build_model(SMALL, reducer="evit:fuse=False", **pasted) == model
+    assert figures["config"] == f'--config.model.tokens="{model.keep}"'.replace(" ", "")
+    lines = [line.split() for line in err.splitlines()]
+    assert lines[2] == ["dense", "197", "x12", "4.5989"]
+    assert lines[3] == ["planned", *["197", "x3,", "139", "x3,", "98", "x3,", "69", "x3", "2.997"]]
+
+
+def test_layers_and_multiples_are_passed_on(run):
+    figures, _ = run(f"--model={SMALL}", "--macs=3.0e9", "--layers=2,5", "--multiple_of=16")
+    model = build_model(SMALL, macs=3.0e9, layers=(2, 5), multiple_of=16)
+    assert figures["tokens"] == list(model.tokens_per_block)
+
+
+def test_a_budget_of_time_is_measured_here():
+    code, figures, err = tool("plan", *TINY, "--latency_ms=1e5", "--batch_size=2")
+    assert code == 0, err
+    assert figures["keep"] == [None] * 12
+    assert figures["macs_ratio"] == figures["speedup"] == 1
+    assert 0 < figures["latency_ms"] == figures["dense_latency_ms"] < 1e5
+    dense, *others = figures["measured"]
+    assert (dense["keep_rate"], dense["tokens"]) == (1, [5] * 12)
+    assert 0 < dense["lowest"] <= dense["milliseconds"] == figures["latency_ms"]
+    assert [row["tokens"][-1] for row in others] == [5]
+    assert "planned" in err
+
+
+def test_bad_input_is_one_line(run):
+    code, _, err = tool("plan", *TINY)
+    assert code == 1
+    assert err == "error: give a budget: either --macs=NUMBER or --latency_ms=NUMBER\n"
+    for arguments, text in {
+        ("--macs=1e9", "--latency_ms=1"): "either --macs",
+        ("--macs=5",): "the fewest possible are macs=",
+        ("--macs=1e9", "--reducer=tome:r=13"): "has a schedule of its own",
+        ("--latency_ms=9", "--reducer=tome:r=13"): "has a schedule of its own",
+        ("--latency_ms=0",): "above 0 milliseconds",
+        ("--latency_ms=9", "--batch_size=0"): "batch_size must be a whole number",
+        ("--macs=1e9", "--multiple_of=0"): "multiple_of must be a whole number",
+        ("--macs=1e9", "--layers=3;6"): "numbers with commas",
+    }.items():
+        with pytest.raises(InputError) as error:
+            run(*TINY, *arguments)
+        assert text in str(error.value)

@@ -61,7 +61,8 @@ def same_results(a, b):
     """Everything recorded that is not a time."""
 
     def untimed(lines):
-        skipped = ("images_per_second", "data_wait", "dense_images_per_second", "speedup")
+        skipped = {"images_per_second", "data_wait", "dense_images_per_second", "speedup"}
+        skipped |= {"time_to_first_step"}
         return [{k: v for k, v in line.items() if k not in skipped} for line in lines]
 
     assert untimed(figures(a)) == untimed(figures(b))
@@ -80,6 +81,9 @@ def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     assert final["images_per_second"] > 0
     assert {"step", "epoch", "train_loss", "lr", "keep_rate", "images_per_second",
             "data_wait"} <= lines[0].keys()  # fmt: skip
+    first = float(re.search(r"first step done ([\d.]+) s after the start: imports", out)[1])
+    assert lines[0]["time_to_first_step"] == pytest.approx(first, abs=0.06)
+    assert sum("time_to_first_step" in line for line in lines) == 1
     evaluations = [line for line in lines if "test_top1" in line]
     assert {"step", "test_top1", "test_top5", "test_loss"} <= evaluations[0].keys()
     assert (tmp_path / "checkpoints" / str(final["step"])).is_dir()

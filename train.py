@@ -230,10 +230,9 @@ def main() -> None:
                         programs.start(later)
             state, figures = programs[stage](state, batch, frozen)
             if not last:
-                with clock.paused():
-                    jax.block_until_ready(figures)
-                    startup.ends("first step")
-                    log.say(startup)
+                jax.block_until_ready(figures)
+                startup.ends("first step")
+                log.say(startup.line())
             clock.images += config.batch_size
             if last:
                 check(*last)  # while this step runs; more of them would hide the wait for data

@@ -32,8 +32,8 @@ class Startup:
         now = time.perf_counter()
         self.parts[part], self.last = now - self.last, now
 
-    def __str__(self) -> str:
-        """One log line."""
+    def line(self) -> str:
+        """For the log."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
         return f"first step done {sum(self.parts.values()):.1f} s after the start: {parts}"
 

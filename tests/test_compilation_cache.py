@@ -23,7 +23,7 @@ from evit_jax.parallel import DataParallel
 
 def step(state, batch, frozen):
     noise = jax.random.normal(jax.random.key(3), (8, 64))
-    return jax.tree.map(lambda w: jnp.tanh(batch @ w) @ noise.T, state), {}
+    return jax.tree.map(lambda w: jnp.tanh(batch @ w) + noise, state), {}
 
 def main():
     counts = collections.Counter()

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-from ml_collections import ConfigDict
 
 from configs import common
 from evit_jax import stages
 from evit_jax.errors import InputError
 from evit_jax.models import build_model
 
-SIZES = dict(image_size=16, patch_size=4, width=8, depth=3, num_heads=2, num_classes=3)
+SIZES = dict(image_size=(16, 16), patch_size=4, width=8, depth=3, num_heads=2, num_classes=3)
 
 
 def run_of(**changes) -> tuple:
     """(model, config) of a small run at keep rate 0.5."""
-    config = ConfigDict(common.get_config()).unlock()
+    config = common.get_config().unlock()
     config.model.update(SIZES | dict(name="vit", keep_rate=0.5, layers=(1,)))
     config.update_from_flattened_dict(changes)
     return build_model(**config.model), config

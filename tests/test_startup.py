@@ -34,7 +34,7 @@ def test_parts_add_up_and_are_reported_once(monkeypatch):
     start = Startup()
     start.ends("state")
     start.ends("first step")
-    assert str(start) == (
+    assert start.line() == (
         "first step done 4.5 s after the start: imports 1.5, state 2.5, first step 0.5"
     )
     assert start.figures() == dict(time_to_first_step=4.5)

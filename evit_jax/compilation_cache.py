@@ -34,7 +34,7 @@ def turn_on() -> None:
     try:
         folder = private_folder()
         tidy(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         jax.config.update("jax_enable_compilation_cache", False)
         print(f"compiled programs are not kept: {error}", file=sys.stderr)
         return
@@ -49,6 +49,7 @@ def private_folder() -> Path:
 
     Raises:
       OSError: it cannot be made or written to, or somebody else could put a program there.
+      RuntimeError: the user has no home.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache").expanduser())
     folder = cache / "evit_jax" / "programs"

@@ -100,7 +100,7 @@ def test_a_folder_of_the_users_own_stays(config, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["a file in its place", "another's folder", "an open folder"])
+@pytest.mark.parametrize("what", ["a file in its place", "another's", "open to all", "no home"])
 def test_without_a_folder_of_ones_own_it_goes_on_with_one_line(
     what, config, monkeypatch, tmp_path, capsys
 ):
@@ -110,16 +110,20 @@ def test_without_a_folder_of_ones_own_it_goes_on_with_one_line(
         cache.write_text("")
     else:
         folder = private_folder()
-    if what == "another's folder":
+    if what == "another's":
         monkeypatch.setattr(compilation_cache.os, "getuid", lambda: folder.stat().st_uid + 1)
-    if what == "an open folder":
+    if what == "open to all":
         cache.chmod(0o777)
+    if what == "no home":
+        for variable in ("XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(variable)
+        monkeypatch.setattr("pwd.getpwuid", lambda user: (_ for _ in ()).throw(KeyError))
     turn_on()
     assert config.jax_compilation_cache_dir is None
     err = capsys.readouterr().err
     assert err.startswith("compiled programs are not kept: ")
     assert err.count("\n") == 1
-    assert str(cache) in err or what == "another's folder"
+    assert str(cache) in err or what in ("another's", "no home")
 
 
 def test_a_link_to_an_open_folder_is_seen_through(monkeypatch, tmp_path):

@@ -16,15 +16,15 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from evit_jax import cli, metrics, optim, parallel, plan, recorder, report, steps, timetable, timing
+from evit_jax import cli, metrics, optim, parallel, recorder, report, steps, timetable, timing
 from evit_jax.background import Prefetch, Programs
-from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
 from evit_jax.flops import macs
 from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params, load_params, preprocessing
 from evit_jax.ranges import check_ranges
+from evit_jax.startup import Startup
 from evit_jax.teachers import open_teacher
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/", lock_config=True)
@@ -36,6 +36,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
+    startup = Startup()
     config = CONFIG.value
     check_ranges(recorder.flatten(config.to_dict()))
     parallel.start_processes(PROCESSES.value)
@@ -49,7 +50,6 @@ def main() -> None:
     devices.check_batch_size("batch_size", config.batch_size, **parts)
     devices.check_batch_size("run.test_batch_size", config.run.test_batch_size)
     model = build_model(**config.model)
-    dense = model.clone(keep=())
     card = preprocessing(config.model.name)
     teacher = open_teacher(model, **config.distill)
 
@@ -75,23 +75,7 @@ def main() -> None:
     total = max(to_steps(config.epochs), 1)
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
-    rates = {name: config.model[name] for name in plan.FIELDS}
-
-    def at_rate(rate: float):
-        return model.clone(keep=model.plan(**rates | dict(keep_rate=rate)))
-
-    by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
-    stages = timetable.stages(
-        lambda left: model.plan(**rates, left=left),
-        min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]) if by_rate else None,
-        start=to_steps(config.keep_warmup.start_epoch),
-        length=to_steps(config.keep_warmup.epochs),
-        rungs=config.keep_warmup.rungs,
-    )
-    if config.sandwich:
-        if len(stages) > 1 or any(rates[name] for name in ("keep_rates", "tokens", "macs")):
-            raise InputError("a sandwich takes the place of keep_warmup, keep_rates, tokens, macs")
-        stages = timetable.sandwich(lambda rate: at_rate(rate).keep, config.sandwich)
+    table = timetable.open_table(model, config, to_steps)
     settings = dict(config.optimizer)
     warmup_steps = to_steps(settings.pop("warmup_epochs"))
     optimizer, schedule = optim.create(**settings, warmup_steps=warmup_steps, total_steps=total)
@@ -134,13 +118,13 @@ def main() -> None:
 
     if config.dry_run:
         print(report.parameter_table(shapes[0]["params"]), end="\n\n")
-        print(report.stage_table(model, stages, steps_per_epoch=1000), end="\n\n")
+        print(report.stage_table(model, table, steps_per_epoch=1000), end="\n\n")
         print("compiling the training step; nothing is run ...", end="\n\n", flush=True)
-        compiled = compile_stage(stages[0])
+        compiled = compile_stage(table[0])
         print(report.memory_table(*shapes[:2], compiled, jax.device_count()))
         return
 
-    # ---------------------------------------------------------------------------- state, or resume
+    # -------------------------------------------------------------- the workdir, and where to begin
     # A workdir belongs to one recipe. Its newest complete checkpoint is the state; without one the
     # run starts afresh, from config.weights if there are any. Data, augmentation and dropout are
     # functions of seed and step alone, so the checkpoint needs nothing else.
@@ -150,24 +134,16 @@ def main() -> None:
         raise InputError("--workdir=DIR is missing: where checkpoints, metrics and events go")
     workdir = Path(WORKDIR.value).expanduser().absolute()
     recorder.claim(workdir, json.loads(config.to_json()), write=host == 0)
+    startup.ends("model and data")
+    from evit_jax.checkpoint import Checkpoints  # Orbax takes long to import; all above does not
+
     checkpoints = Checkpoints(workdir / "checkpoints")
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(devices.placed(shapes[0]))
-    elif config.weights:
+    startup.ends("checkpoints")
+    first = checkpoints.latest or 0
+    given = None
+    if config.weights and not first:
         given = load_params(config.weights, model, key=key, new_head=config.new_head)
-        state = devices.init(init, given)
-    else:
-        state = devices.init(draw, key)
-    frozen = devices.init(dict, teacher.params)
-    first = int(state["step"])
     log = recorder.Recorder(workdir, step=first, total=total, active=host == 0)
-    log.say(
-        f"{report.count_of(state['params']):,} parameters, {train_images:,} training images, "
-        f"{len(test_source):,} test images, {total:,} steps on {jax.device_count()} "
-        f"{jax.default_backend()} device(s) of {hosts} process(es)"
-    )
-    if first:
-        log.say(f"going on from the checkpoint of step {first:,} in {workdir}")
 
     # ---------------------------------------------------------------------------------- evaluation
     def test_batches():
@@ -187,9 +163,7 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------ training
     def completes(step: int, epochs: float) -> bool:
-        """Whether this step ends a stretch of so many epochs, or the run."""
-        every = epochs * train_images / config.batch_size  # steps, not always a whole number
-        return step == total or (every > 0 and step // every > (step - 1) // every)
+        return timetable.completes(step, epochs * train_images / config.batch_size, total=total)
 
     def check(step: int, figures: dict[str, jax.Array], images: list[int]) -> None:
         """Awaits a step; raises InputError if its loss or gradients are not finite."""
@@ -202,6 +176,10 @@ def main() -> None:
         images = log.damaged(batch, train_source)
         return devices.put(batch), images
 
+    # The first program and the first batch are made while the state is.
+    programs = Programs(compile_stage)
+    if first < total:
+        programs.start(timetable.stage_at(table, first, config.seed))
     batches = pipeline.train_batches(
         train_source,
         **config.augment,
@@ -214,25 +192,47 @@ def main() -> None:
         **view,
     )
     train_batches = Prefetch(batches, place)
-    programs = Programs(compile_stage)
-    used, last, scores, clock = set(), None, None, timing.Clock()
+    used, last, scores = set(), None, None
     with contextlib.closing(train_batches), contextlib.closing(programs):
+        if first:
+            state = checkpoints.restore(devices.placed(shapes[0]))
+        elif given:
+            state = devices.init(init, given)
+        else:
+            state = devices.init(draw, key)
+        frozen = devices.init(dict, teacher.params)
+        startup.ends("state")
+        log.say(
+            f"{report.count_of(state['params']):,} parameters, {train_images:,} training images, "
+            f"{len(test_source):,} test images, {total:,} steps on {jax.device_count()} "
+            f"{jax.default_backend()} device(s) of {hosts} process(es)"
+        )
+        if first:
+            log.say(f"going on from the checkpoint of step {first:,} in {workdir}")
+
+        clock = timing.Clock()
         for step in range(first + 1, total + 1):
             if last and not train_batches.ready:
                 check(*last)  # from here on the devices have nothing to do
             with clock.waiting():
                 batch, images = next(train_batches)
-            stage = timetable.stage_at(stages, step - 1, config.seed)
+            stage = timetable.stage_at(table, step - 1, config.seed)
             if stage not in used:
                 used.add(stage)
                 with clock.paused():  # compiling is not training
                     log.say(
                         f"step {step}: {report.stage_line(model, stage)}, {programs.wait(stage)}"
                     )
-                for later in stages:
+                if not last:
+                    startup.ends("compiling and first batch")
+                for later in table:
                     if later.step >= stage.step:
                         programs.start(later)
             state, figures = programs[stage](state, batch, frozen)
+            if not last:
+                jax.block_until_ready(figures)
+                startup.ends("first step")
+                log.say(startup.line())
             clock.images += config.batch_size
             if last:
                 check(*last)  # while this step runs; more of them would hide the wait for data
@@ -251,7 +251,7 @@ def main() -> None:
                 means = metrics.means([state["metrics"]], "train")
                 now = dict(lr=float(schedule(step - 1)), keep_rate=stage.keep_rate)
                 now |= dict(grad_norm=float(figures["grad_norm"]))
-                log.write(at | means | now | clock.read())
+                log.write(at | means | now | clock.read() | startup.figures())
                 state["metrics"] = devices.init(metrics.zeros)
             with clock.paused():
                 scores = None  # those of the last step are the result's
@@ -268,10 +268,7 @@ def main() -> None:
         checkpoints.wait()
 
     # ------------------------------------------------ the result, beside the same weights run dense
-    reduced = {f"{rate:g}": at_rate(rate) for rate in sorted(config.sandwich)}
-    reduced = reduced or dict(reduced=model)
-    variants = {name: variant for name, variant in reduced.items() if any(variant.keep)}
-    variants |= dict(dense=dense)
+    variants = timetable.variants(model, config)
     with test_batches() as batches:
         batch = next(batches)
         log.damaged(batch, test_source)
@@ -290,7 +287,7 @@ def main() -> None:
     log.say("\n" + report.result_table(rows) + "\n")
     log.write(
         dict(step=total, epoch=config.epochs, final=True)
-        | dict(keep_rate=min(config.sandwich, default=stages[-1].keep_rate))
+        | dict(keep_rate=min(config.sandwich, default=table[-1].keep_rate))
         | report.summary(rows)
     )
     log.close()

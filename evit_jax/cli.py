@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from absl import app, logging
 
-from evit_jax import parallel
+from evit_jax import compilation_cache, parallel
 from evit_jax.errors import InputError, check_name
 from evit_jax.recorder import flatten
 
@@ -20,12 +20,12 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags, calls `main` and exits; errors of input and of files are one line."""
 
     def parse(arguments: list[str]) -> list[str]:
-        guard(lambda: check_config(arguments[1:]))
+        exit_on_error(lambda: check_config(arguments[1:]))
         return app.parse_flags_with_usage(arguments)
 
     def guarded(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        guard(lambda: check_nothing_left(arguments[1:]))
+        exit_on_error(lambda: check_nothing_left(arguments[1:]))
         guard(main)
 
     app.run(guarded, flags_parser=parse)
@@ -42,7 +42,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help explains them")
 
 
-def guard(function: Callable[[], None]) -> None:
+def guard(main: Callable[[], None]) -> None:
+    """Calls a program's main with compiled programs kept; errors as in `exit_on_error`."""
+    compilation_cache.turn_on()
+    exit_on_error(main)
+
+
+def exit_on_error(function: Callable[[], None]) -> None:
     """Calls it; prints an error of the input or of a file on one line and exits with status 1."""
     try:
         function()

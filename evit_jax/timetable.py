@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which token plan is trained when: a table of few stages, one compiled program each.
 
-Nothing here knows of JAX or models either; a plan comes from a function of the keep rate.
+Nothing here knows of JAX; a plan comes from a function of the keep rate, or from a model's `plan`.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from evit_jax.errors import InputError
-from evit_jax.plan import Keep, check_rate
+from evit_jax.plan import FIELDS, Keep, check_rate
 
 
 class Stage(NamedTuple):
@@ -98,3 +98,51 @@ def stage_at(table: tuple[Stage, ...], step: int, seed: int = 0) -> Stage:
     latest = max(stage.step for stage in table if stage.step <= step)
     rows = [stage for stage in table if stage.step == latest]
     return rows[random.Random(f"{seed} {step}").randrange(len(rows))]
+
+
+def open_table(model, config, to_steps: Callable[[float], int]) -> tuple[Stage, ...]:
+    """Which tokens are kept from which step on: a sandwich of rates, or the keep-rate warm-up.
+
+    Args:
+      model: as trained in the end; its method `plan` counts tokens.
+      config: a run's, see configs/common.py.
+      to_steps: epochs -> steps.
+
+    Raises:
+      InputError: a sandwich beside settings whose place it takes.
+    """
+    rates = {name: config.model[name] for name in FIELDS}
+    by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
+    warmup = stages(
+        lambda left: model.plan(**rates, left=left),
+        min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]) if by_rate else None,
+        start=to_steps(config.keep_warmup.start_epoch),
+        length=to_steps(config.keep_warmup.epochs),
+        rungs=config.keep_warmup.rungs,
+    )
+    if not config.sandwich:
+        return warmup
+    if len(warmup) > 1 or any(rates[name] for name in ("keep_rates", "tokens", "macs")):
+        raise InputError("a sandwich takes the place of keep_warmup, keep_rates, tokens, macs")
+    return sandwich(lambda rate: plan_at(model, config, rate), config.sandwich)
+
+
+def plan_at(model, config, rate: float) -> Keep:
+    """The run's plan with another keep rate."""
+    return model.plan(**{name: config.model[name] for name in FIELDS} | dict(keep_rate=rate))
+
+
+def completes(step: int, every: float, *, total: int) -> bool:
+    """Whether this step ends a stretch of `every` steps, not always a whole number, or the run.
+
+    With 0 only the run has an end.
+    """
+    return step == total or (every > 0 and step // every > (step - 1) // every)
+
+
+def variants(model, config) -> dict:
+    """Name -> model over the same parameters: each rate trained, or the one plan, and dense."""
+    plans = {f"{rate:g}": plan_at(model, config, rate) for rate in sorted(config.sandwich)}
+    plans = plans or dict(reduced=model.keep)
+    reduced = {name: model.clone(keep=keep) for name, keep in plans.items() if any(keep)}
+    return reduced | dict(dense=model.clone(keep=()))

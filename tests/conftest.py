@@ -22,3 +22,5 @@ settings = dict(
 for name, value in settings.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+# What another process is still writing, or a full disk cut off, is compiled, without a word.
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache"

@@ -61,8 +61,8 @@ def same_results(a, b):
     """Everything recorded that is not a time."""
 
     def untimed(lines):
-        skipped = ("images_per_second", "data_wait", "dense_images_per_second", "speedup")
-        return [{k: v for k, v in line.items() if k not in skipped} for line in lines]
+        times = re.compile("images_per_second|data_wait|speedup|time_to_first_step")
+        return [{k: v for k, v in line.items() if not times.search(k)} for line in lines]
 
     assert untimed(figures(a)) == untimed(figures(b))
 
@@ -80,6 +80,7 @@ def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     assert final["images_per_second"] > 0
     assert {"step", "epoch", "train_loss", "lr", "keep_rate", "images_per_second",
             "data_wait"} <= lines[0].keys()  # fmt: skip
+    assert f"first step done {lines[0]['time_to_first_step']:.1f} s after the start:" in out
     evaluations = [line for line in lines if "test_top1" in line]
     assert {"step", "test_top1", "test_top5", "test_loss"} <= evaluations[0].keys()
     assert (tmp_path / "checkpoints" / str(final["step"])).is_dir()
@@ -135,11 +136,8 @@ def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_pa
     checkpoints = tmp_path / "checkpoints"
     # While a checkpoint is being written, and just after some later one.
     kill_when(lambda: any(checkpoints.glob("*tmp*")), start(*line))
-    before = {path.name for path in checkpoints.iterdir() if path.name.isdigit()}
-    kill_when(
-        lambda: {path.name for path in checkpoints.iterdir() if path.name.isdigit()} - before,
-        start(*line),
-    )
+    before, process = {*checkpoints.iterdir()}, start(*line)
+    kill_when(lambda: any(p.name.isdigit() for p in {*checkpoints.iterdir()} - before), process)
     code, out, err = train(*line)
     assert code == 0, err
     assert "going on from the checkpoint of step" in out

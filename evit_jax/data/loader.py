@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 from absl import flags
 
@@ -46,6 +45,8 @@ def prepare(part: Part, count: int, threads: int, workers: int) -> Iterator[dict
     Threads are enough for a few processors, as Pillow and NumPy release Python's lock. Each makes
     one batch at a time; 0 means one per processor in all.
     """
+    import grain  # takes a while, and this runs where the first batch is awaited
+
     threads = threads or max(1, processors() // max(1, workers))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     batches = grain.MapDataset.range(count).map(part).to_iter_dataset(options)

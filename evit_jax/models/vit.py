@@ -20,7 +20,6 @@ from evit_jax.preprocessing import IMAGENET, Preprocessing
 from evit_jax.reducers import Reducer, Tokens
 from evit_jax.reducers.evit import EViT
 
-
 CPU_CACHE = 10_000_000  # bytes of activations that a CPU works on fast; found by trying
 
 

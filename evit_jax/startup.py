@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time goes from the start of a process to the result of its first step."""
+
+import os
+import time
+from pathlib import Path
+
+
+def age() -> float:
+    """Seconds since this process was started.
+
+    Where the system does not say: seconds of work since then, which importing mostly is.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return time.process_time()
+
+
+class Startup:
+    """Seconds by part, in the order in which the parts end."""
+
+    def __init__(self):
+        """Everything so far was importing."""
+        self.last, self.parts = time.perf_counter() - age(), {}
+        self.ends("imports")
+
+    def ends(self, part: str) -> None:
+        """What was done since the last part's end was this."""
+        now = time.perf_counter()
+        self.parts[part], self.last = now - self.last, now
+
+    def line(self) -> str:
+        """For the log."""
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"first step done {sum(self.parts.values()):.1f} s after the start: {parts}"
+
+    def figures(self) -> dict[str, float]:
+        """`time_to_first_step` in seconds for the first log line, nothing for later ones."""
+        parts, self.parts = self.parts, {}
+        return dict(time_to_first_step=sum(parts.values())) if parts else {}

@@ -46,10 +46,11 @@ def main() -> None:
     # --------------------------------------------------------------------- devices, model, teacher
     mix = Mix(**config.mix)
     devices = parallel.choose(config.run.parallel, shard_params=config.run.shard_params)
-    parts = dict(accumulate=config.run.accumulate, pairs=bool(mix.mixup or mix.cutmix))
+    model = build_model(**config.model)
+    accumulate = config.run.accumulate or steps.micro_batches(model, config.batch_size)
+    parts = dict(accumulate=accumulate, pairs=bool(mix.mixup or mix.cutmix))
     devices.check_batch_size("batch_size", config.batch_size, **parts)
     devices.check_batch_size("run.test_batch_size", config.run.test_batch_size)
-    model = build_model(**config.model)
     card = preprocessing(config.model.name)
     teacher = open_teacher(model, **config.distill)
 
@@ -86,7 +87,7 @@ def main() -> None:
         seed=config.seed,
         label_smoothing=config.label_smoothing,
         ema_decay=config.ema_decay,
-        accumulate=config.run.accumulate,
+        accumulate=accumulate,
         **teacher.recipe,
     )
 

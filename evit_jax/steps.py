@@ -56,6 +56,11 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bo
     return state | dict(ema=jax.tree.map(jnp.copy, params)) if ema else state
 
 
+def micro_batches(model, batch_size: int) -> int:
+    """The number of micro-batches that the device likes best: 1, but see `ViT.part`."""
+    return batch_size // model.part(batch_size, train=True)
+
+
 def batch_shapes(
     image_size: tuple[int, int], batch_size: int, teacher_classes: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:

@@ -42,6 +42,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help explains them")
 
 
+def numbers(text: str, kind: type) -> tuple:
+    """ "1,0.7" -> (1.0, 0.7)."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part)
+    except ValueError:
+        raise InputError(f"expected numbers with commas between them, got {text!r}") from None
+
+
 def guard(function: Callable[[], None]) -> None:
     """Calls it; prints an error of the input or of a file on one line and exits with status 1."""
     try:

@@ -23,6 +23,7 @@ import jax
 from tqdm import tqdm
 
 from evit_jax import cli, metrics, report, steps
+from evit_jax.cli import numbers
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
 from evit_jax.models import create_model, preprocessing
@@ -50,14 +51,6 @@ def arguments() -> argparse.Namespace:
     if flags.threads < 0:
         raise InputError(f"--threads must be 0 or more, got {flags.threads}")
     return flags
-
-
-def numbers(text: str, kind: type) -> tuple:
-    """ "1,0.7" -> (1.0, 0.7)."""
-    try:
-        return tuple(kind(part) for part in text.split(",") if part)
-    except ValueError:
-        raise InputError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def open_data(flags: argparse.Namespace):

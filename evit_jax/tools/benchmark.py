@@ -17,9 +17,10 @@ for or not, and a matrix product take turns on one device, every other round bac
   speedup            images per second over dense, round by round; its median
   macs_ratio         the dense model's multiply-accumulates over the variant's: the speed-up if they
                      were all that takes time
-  flops_per_second   2 per multiply-accumulate, in training 3 times that for the backward pass
+  flops_per_second   2 per multiply-accumulate, in training 3 times that for the backward pass;
+                     `flops` are those of a call
   peak_share         of the fastest matrix product of the same dtype in this run
-  xla_flops          of a call, by XLA's own count of the compiled program; null if it has none
+  xla_flops          the same by XLA's own count of the compiled program; null if it has none
   peak_memory_bytes  arguments, results and temporaries of the program, by XLA's plan
   compile_seconds    tracing to executable, without any cache of programs
 Figures are medians over rounds; NAME_range holds the lowest and the highest. Inference takes
@@ -28,7 +29,8 @@ and heads still compute in float32) and returns logits. Training is the step of 
 images, label smoothing, AdamW, weights in float32.
 
 The last line of standard output is a JSON object; `results` has an object per variant. `noisy` says
-that the times of the same program, dense model or matrix product, spread too far to be trusted.
+that in half of the rounds the same program, the dense model or the matrix product, took times more
+than 10 % apart: too far to trust the rest.
 --accuracies takes files with what evaluate printed, for a column and for the picture.
 """
 
@@ -42,7 +44,6 @@ from evit_jax import cli
 from evit_jax.cli import numbers
 from evit_jax.errors import InputError, check_names
 from evit_jax.models import check_dtype
-from evit_jax.plan import check_rate
 from evit_jax.recorder import write_whole
 from evit_jax.spec import split_specs
 from evit_jax.tools import benchmark_report as tables
@@ -67,33 +68,39 @@ def parse() -> argparse.Namespace:
     add("--out", metavar="FILE.md", help="the table in Markdown")
     add("--json", metavar="FILE.json", help="the JSON object too")
     flags = parser.parse_args()
-    flags.model, flags.reducers = split_specs(flags.model), split_specs(flags.reducers)
-    flags.rates = tuple(map(check_rate, numbers(flags.keep_rates, float) or (0.7,)))
-    flags.batch_sizes = numbers(flags.batch_sizes, int)
-    flags.dtypes = [check_dtype(name.strip()) for name in flags.dtypes.split(",")]
-    flags.image_size = numbers(flags.image_size, int)
-    flags.mode = [name.strip() for name in flags.mode.split(",")]
-    check_names("mode", flags.mode, PASSES)
-    for name in ("model", "reducers", "batch_sizes"):
-        if not getattr(flags, name):
-            raise InputError(f"--{name} is empty")
-    if min(flags.batch_sizes) < 1:
-        raise InputError(f"--batch_sizes must be 1 or more, got {min(flags.batch_sizes)}")
+    if min(numbers(flags.batch_sizes, int), default=0) < 1:
+        raise InputError(f"--batch_sizes must be 1 or more each, got {flags.batch_sizes!r}")
     if flags.rounds < 1 or not 0 < flags.seconds < float("inf"):
         raise InputError("--rounds must be 1 or more and --seconds more than 0")
     for name, suffix in (("plot", ".png"), ("out", ".md"), ("json", ".json")):
         path = getattr(flags, name)
         if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
             raise InputError(f"--{name} must be a {suffix} file in a folder that exists: {path}")
-    if flags.plot and (not flags.accuracies or "inference" not in flags.mode):
+    if flags.plot and (not flags.accuracies or "inference" not in words(flags.mode)):
         raise InputError("--plot needs --accuracies=FILE.json and --mode=inference")
     return flags
 
 
+def words(text: str) -> list[str]:
+    """ "a, b,a" -> ["a", "b"]."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
 def main() -> None:
     flags = parse()
-    contests = contests_of(flags)
-    top1 = tables.read_accuracies(flags.accuracies, flags.model)
+    models = list(dict.fromkeys(split_specs(flags.model)))
+    modes = words(flags.mode)
+    check_names("mode", modes, PASSES)
+    contests = contests_of(
+        models,
+        dtypes=[check_dtype(name) for name in words(flags.dtypes)],
+        modes=modes,
+        batch_sizes=numbers(flags.batch_sizes, int),
+        reducers=list(dict.fromkeys(split_specs(flags.reducers))),
+        keep_rates=numbers(flags.keep_rates, float),
+        image_size=numbers(flags.image_size, int),
+    )
+    top1 = tables.read_accuracies(flags.accuracies, models)
     timed = {
         (contest.model, variant.reducer, variant.keep_rate)
         for contest in contests
@@ -110,7 +117,7 @@ def main() -> None:
         row["top1"] = top1.get((row["model"], row["reducer"], row["keep_rate"]))
     noise, warning = tables.judge(
         dict(
-            dense=[row["variation"] for row in rows if row["reducer"] == "dense"],
+            dense_model=[row["variation"] for row in rows if row["reducer"] == "dense"],
             matrix_product=[
                 tables.variation(1 / turn) for turns in peaks.values() for turn in turns
             ],
@@ -134,15 +141,13 @@ def main() -> None:
         write_whole(Path(flags.json), json.dumps(figures) + "\n")
     if flags.plot:
         names = ", ".join(dict.fromkeys(row["model"] for row in rows))
-        picture, content = (
-            plotting.plot(
-                tables.lines_of(rows),
-                title=f"{names} on {figures['device']}",
-                x_label="images per second",
-                y_label="top-1 accuracy, %",
-            ),
-            io.BytesIO(),
+        picture = plotting.plot(
+            tables.lines_of(rows),
+            title=f"{names} on {figures['device']}",
+            x_label="images per second",
+            y_label="top-1 accuracy, %",
         )
+        content = io.BytesIO()
         picture.save(content, "png")
         write_whole(Path(flags.plot), content.getvalue())
     print(json.dumps(figures))

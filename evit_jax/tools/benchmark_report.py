@@ -141,17 +141,18 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "reducer": lambda row: row["reducer"],
     "keep rate": lambda row: "" if row["keep_rate"] is None else f"{row['keep_rate']:g}",
     "top-1": lambda row: "" if row["top1"] is None else f"{row['top1']:.2%}",
-    "latency, ms": lambda row: ranged(row, "latency_ms", short),
+    "ms": lambda row: short(row["latency_ms"]),
     "images/s": lambda row: ranged(row, "images_per_second", short),
     "speed-up": lambda row: ranged(row, "speedup", "{:.2f}".format),
-    "by MACs": lambda row: f"{row['macs_ratio']:.2f}",
-    "GMACs": lambda row: f"{row['macs'] / 1e9:.3g}",
-    "GFLOP a call": lambda row: short(row["flops"] / 1e9),
-    "by XLA": lambda row: "" if row["xla_flops"] is None else short(row["xla_flops"] / 1e9),
+    "MACs ratio": lambda row: f"{row['macs_ratio']:.2f}",
+    "GMACs": lambda row: short(row["flops"] / row["batch_size"] / 2e9),
+    "by XLA": lambda row: (
+        "" if row["xla_flops"] is None else short(row["xla_flops"] / row["batch_size"] / 2e9)
+    ),
     "TFLOP/s": lambda row: f"{row['flops_per_second'] / 1e12:.3g}",
     "of peak": lambda row: f"{row['peak_share']:.0%}",
-    "compiled in, s": lambda row: short(row["compile_seconds"]),
-    "memory, MiB": lambda row: (
+    "compiled, s": lambda row: short(row["compile_seconds"]),
+    "MiB": lambda row: (
         "" if row["peak_memory_bytes"] is None else short(row["peak_memory_bytes"] / 2**20)
     ),
 }
@@ -179,7 +180,7 @@ def summary(figures: dict) -> str:
     return (
         f"One {figures['platform']} device ({figures['device']}), Python {figures['python']}, "
         f"{versions}. Medians (lowest to highest) of {figures['rounds']} rounds; matrix products "
-        f"reached {peaks}; largest interquartile range of the same program: {noise}."
+        f"reached {peaks}; largest interquartile range of the same program's rounds: {noise}."
     )
 
 

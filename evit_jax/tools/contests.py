@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmark compares: variants of models that take turns, and the figures of each."""
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -16,6 +15,7 @@ from evit_jax.errors import InputError
 from evit_jax.flops import macs
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.parallel import DataParallel
+from evit_jax.plan import check_rate
 from evit_jax.spec import parse_fields
 from evit_jax.timing import take_turns
 from evit_jax.tools import measuring
@@ -54,12 +54,24 @@ class Contest:
 
 
 def variants_of(
-    spec: str, *, reducers: list[str], rates: tuple[float, ...], image_size: tuple[int, ...] = ()
+    spec: str,
+    *,
+    reducers: list[str],
+    keep_rates: tuple[float, ...] = (),
+    image_size: tuple[int, ...] = (),
 ) -> list[Variant]:
     """A model's variants, the dense one first.
 
+    Args:
+      spec: a model's name, or a backbone with sizes such as "vit:width=192,depth=6".
+      reducers: such as "evit:fuse=False"; one with a schedule of its own, such as "tome:r=13", is
+        a single variant.
+      keep_rates: for the others; default 0.7.
+      image_size: default the model's own.
+
     Raises:
-      InputError: an unknown name, a setting out of range, or one that a flag is for.
+      InputError: an unknown name, a setting out of range, one that a flag is for, or rates that
+        nobody takes.
     """
     name, _, rest = spec.partition(":")
     settings = parse_fields(rest)
@@ -68,32 +80,49 @@ def variants_of(
         raise InputError(f"--model={spec}: {taken[0]} is no size of the model; see --help")
     if image_size:
         settings["image_size"] = image_size
+    rates = [check_rate(rate) for rate in dict.fromkeys(keep_rates)] or [0.7]
     variants = [Variant("dense", 1.0, build_model(name, **settings).clone(keep=()))]
-    for reducer in dict.fromkeys(reducers):
+    scheduled = 0
+    for reducer in reducers:
         model = build_model(name, reducer=reducer, **settings)
         if any(count is not None for count in model.keep):
             variants.append(Variant(reducer, None, model))
+            scheduled += 1
             continue
-        for rate in dict.fromkeys(rates):
+        for rate in rates:
             if rate != 1:
                 plan = model.plan(keep_rate=rate)
                 variants.append(Variant(reducer, rate, model.clone(keep=plan)))
+    if scheduled == len(reducers) and set(keep_rates) - {1}:
+        raise InputError(
+            f"--keep_rates are for reducers without a schedule of their own; {', '.join(reducers)} "
+            "takes none; leave them out, or add evit to --reducers"
+        )
     return variants
 
 
-def contests_of(flags: argparse.Namespace) -> list[Contest]:
-    """All that is to be measured, in order."""
+def contests_of(
+    models: list[str],
+    *,
+    dtypes: list[np.dtype],
+    modes: list[str],
+    batch_sizes: tuple[int, ...],
+    reducers: list[str],
+    keep_rates: tuple[float, ...],
+    image_size: tuple[int, ...],
+) -> list[Contest]:
+    """All that is to be measured, model by model; arguments as in `variants_of`."""
     contests = []
-    for spec in dict.fromkeys(flags.model):
+    for spec in models:
         variants = variants_of(
-            spec, reducers=flags.reducers, rates=flags.rates, image_size=flags.image_size
+            spec, reducers=reducers, keep_rates=keep_rates, image_size=image_size
         )
-        for dtype, mode, size in itertools.product(flags.dtypes, flags.mode, flags.batch_sizes):
+        for dtype, mode, batch_size in itertools.product(dtypes, modes, batch_sizes):
             typed = [
                 dataclasses.replace(variant, model=variant.model.clone(dtype=dtype))
                 for variant in variants
             ]
-            contests.append(Contest(spec, mode, size, typed))
+            contests.append(Contest(spec, mode, batch_size, typed))
     return contests
 
 
@@ -176,7 +205,7 @@ def measure(
             dtype = contest.dense.dtype
             if dtype.name not in products:
                 products[dtype.name] = measuring.matrix_product(dtype, devices)
-            if contest.model not in params:
+            if contest.model not in params:  # those of the model before are no longer needed
                 init = functools.partial(init_params, contest.dense)
                 params = {contest.model: devices.init(init, jax.random.key(0))}
             product, flops = products[dtype.name]

@@ -5,13 +5,16 @@ Drawn at three times its size and reduced, which smooths what Pillow draws with 
 """
 
 import dataclasses
+import itertools
 import math
 
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 3
-SIZE = 880, 560  # of the picture in pixels, width first
-LEFT, RIGHT, TOP, BOTTOM = 84, 36, 84, 66  # around the axes
+SIZE = 880, 520  # of the picture without its legend in pixels, width first
+LEFT, RIGHT, TOP, BOTTOM = 84, 36, 52, 66  # around the axes
+ROW = 20  # of the legend
+MARKER = 5  # radius
 INK, GREY, GRID, PAPER = (20, 20, 20), (110, 110, 110), (228, 228, 228), (255, 255, 255)
 COLOURS = (  # told apart with every kind of colour vision, after Okabe and Ito
     (0, 114, 178),
@@ -22,7 +25,9 @@ COLOURS = (  # told apart with every kind of colour vision, after Okabe and Ito
     (86, 180, 233),
 )
 CORNERS = (24, 4, 3)  # of a line's markers, once the colours begin again
-DECADES = 8.0  # largest ratio of values that an even axis can show
+FAR_APART = 8.0  # ratio of values that needs an axis in equal ratios
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Axis:
 def axis_of(values: list[float]) -> Axis:
     """Round ticks around all values, in equal ratios where they are far apart."""
     low, high = min(values), max(values)
-    if low > 0 and high / low > DECADES:
+    if low > 0 and high / low > FAR_APART:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
         first = max(i for i, tick in enumerate(ticks) if tick <= low)
@@ -58,7 +63,7 @@ def axis_of(values: list[float]) -> Axis:
         return Axis(tuple(ticks[first : last + 1]), log=True)
     span = (high - low) or abs(high) / 10 or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(digit * power for digit in (1, 2, 5, 10) if span / (digit * power) <= 5)
+    step = next(digit * power for digit in (1, 2, 5, 10) if span / (digit * power) <= 7)
     first, last = math.floor((low - span / 20) / step), math.ceil((high + span / 20) / step)
     return Axis(tuple(round(number * step, 12) for number in range(first, last + 1)))
 
@@ -74,28 +79,52 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def plot(lines: list[Line], *, title: str, x_label: str, y_label: str) -> Image.Image:
-    """The picture, RGB of SIZE."""
+    """The picture: title, axes, lines, and under them a legend that makes it higher than SIZE."""
     points = [point for line in lines for point in line.points]
     x_axis, y_axis = axis_of([x for x, _, _ in points]), axis_of([y for _, y, _ in points])
-    image = Image.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), PAPER)
+    names, rows = legend(lines)
+    size = SIZE[0], SIZE[1] + rows * ROW + ROW // 2
+    image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), PAPER)
     draw = ImageDraw.Draw(image)
 
     draw_axes(image, x_axis, y_axis, x_label, y_label)
     draw.text((LEFT * SCALE, 14 * SCALE), title, INK, font(17))
-    draw_legend(draw, lines)
-    taken = []
+    for number, (line, (x, y)) in enumerate(zip(lines, names, strict=True)):
+        draw_marker(draw, (x + 6, y), number)
+        draw.text(((x + 18) * SCALE, y * SCALE), line.label, INK, font(13), anchor="lm")
+
+    taken, boxes, labels = [], [], {}
     for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
         spots = [place(x_axis, y_axis, x, y) for x, y, _ in line.points]
-        scaled = [(x * SCALE, y * SCALE) for x, y in spots]
-        draw.line(scaled, COLOURS[number % len(COLOURS)], 2 * SCALE, joint="curve")
-        taken += [spot for pair in zip(spots, spots[1:], strict=False) for spot in between(*pair)]
+        draw.line([(x * SCALE, y * SCALE) for x, y in spots], colour, 2 * SCALE, joint="curve")
+        for first, last in itertools.pairwise(spots):
+            taken += between(first, last)
+        boxes += [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in spots]
+        for spot, (_, _, text) in zip(spots, line.points, strict=True):
+            shared = (spot, text) in labels  # by several lines, so it has none's colour
+            labels[spot, text] = INK if shared else colour
     for number, line in enumerate(lines):
         for x, y, _ in line.points:
             draw_marker(draw, place(x_axis, y_axis, x, y), number)
-    boxes = []
-    for x, y, label in dict.fromkeys(points):
-        draw_label(draw, place(x_axis, y_axis, x, y), label, taken, boxes)
-    return image.resize(SIZE, Image.Resampling.LANCZOS)
+    for (spot, text), colour in labels.items():
+        box = free_box(spot, draw.textlength(text, font(12)) / SCALE, taken, boxes)
+        boxes.append(box)
+        middle = (box[0] + box[2]) / 2 * SCALE, (box[1] + box[3]) / 2 * SCALE
+        draw.text(middle, text, colour, font(12), anchor="mm")
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def legend(lines: list[Line]) -> tuple[list[tuple[float, float]], int]:
+    """(where each line's name begins, side by side, and how many rows they take)."""
+    x, y, rows, names = float(LEFT), SIZE[1] + ROW / 2, 1, []
+    for line in lines:
+        width = font(13).getlength(line.label) / SCALE + 44
+        if x > LEFT and x + width > SIZE[0] - RIGHT:
+            x, y, rows = LEFT, y + ROW, rows + 1
+        names.append((x, y))
+        x += width
+    return names, rows
 
 
 def draw_axes(image: Image.Image, x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> None:
@@ -121,57 +150,41 @@ def draw_axes(image: Image.Image, x_axis: Axis, y_axis: Axis, x_label: str, y_la
     image.paste(label, (8 * SCALE, (top + bottom - width) // 2))
 
 
-def draw_legend(draw: ImageDraw.ImageDraw, lines: list[Line]) -> None:
-    """A marker and a name for each line, side by side under the title."""
-    x, y = LEFT, 54
-    for number, line in enumerate(lines):
-        width = draw.textlength(line.label, font(13)) / SCALE + 44
-        if x > LEFT and x + width > SIZE[0] - RIGHT:
-            x, y = LEFT, y + 18
-        draw_marker(draw, (x + 6, y), number)
-        draw.text(((x + 18) * SCALE, y * SCALE), line.label, INK, font(13), anchor="lm")
-        x += width
-
-
 def draw_marker(draw: ImageDraw.ImageDraw, spot: tuple[float, float], number: int) -> None:
     """The filled marker of line `number`, in a thin white rim."""
     corners = CORNERS[number // len(COLOURS) % len(CORNERS)]
     x, y = spot[0] * SCALE, spot[1] * SCALE
-    for radius, colour in ((7, PAPER), (5, COLOURS[number % len(COLOURS)])):
+    for radius, colour in ((MARKER + 2, PAPER), (MARKER, COLOURS[number % len(COLOURS)])):
         draw.regular_polygon((x, y, radius * SCALE), corners, fill=colour)
 
 
-def draw_label(
-    draw: ImageDraw.ImageDraw,
+def free_box(
     spot: tuple[float, float],
-    label: str,
+    width: float,
     taken: list[tuple[float, float]],
-    boxes: list[tuple[float, float, float, float]],
-) -> None:
-    """Writes beside a point, on the side with the fewest lines and labels; adds to `boxes`."""
-    x, y = spot
-    wide, high = draw.textlength(label, font(12)) / SCALE, 13
+    boxes: list[Box],
+) -> Box:
+    """Where to write so much beside a point: the side with the fewest lines, markers and labels."""
     sides = [(1, -1), (-1, -1), (-1, 1), (1, 1), (0, -1), (0, 1), (1, 0), (-1, 0)]
+    height = 13
 
-    def box_at(across: int, down: int) -> tuple[float, float, float, float]:
-        near = 7 if across and down else 11  # corners of the box are nearer to the point
-        left = x + across * near - wide * (1 - across) / 2
-        top = y + down * near - high * (1 - down) / 2
-        return left, top, left + wide, top + high
+    def box_at(across: int, down: int) -> Box:
+        near = 6 if across and down else 10  # corners of the box are nearer to the point
+        left = spot[0] + across * near - width * (1 - across) / 2
+        top = spot[1] + down * near - height * (1 - down) / 2
+        return left, top, left + width, top + height
 
-    def crowded(box: tuple[float, float, float, float]) -> float:
-        inside = sum(box[0] - 3 < a < box[2] + 3 and box[1] - 3 < b < box[3] + 3 for a, b in taken)
+    def crowded(box: Box) -> int:
+        left, top, right, bottom = box
+        inside = sum(left - 3 < x < right + 3 and top - 3 < y < bottom + 3 for x, y in taken)
         over = sum(
-            box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+            left < other[2] and other[0] < right and top < other[3] and other[1] < bottom
             for other in boxes
         )
-        outside = box[0] < LEFT or box[2] > SIZE[0] - 4 or box[3] > SIZE[1] - BOTTOM
-        return inside + 100 * over + 100 * outside
+        outside = left < LEFT or right > SIZE[0] - 4 or top < TOP or bottom > SIZE[1] - BOTTOM
+        return inside + 100 * (over + outside)
 
-    box = min((box_at(*side) for side in sides), key=crowded)
-    boxes.append(box)
-    middle = (box[0] + box[2]) / 2 * SCALE, (box[1] + box[3]) / 2 * SCALE
-    draw.text(middle, label, INK, font(12), anchor="mm")
+    return min((box_at(*side) for side in sides), key=crowded)
 
 
 def between(

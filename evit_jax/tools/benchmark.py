@@ -29,8 +29,8 @@ and heads still compute in float32) and returns logits. Training is the step of 
 images, label smoothing, AdamW, weights in float32.
 
 The last line of standard output is a JSON object; `results` has an object per variant. `noisy` says
-that in half of the rounds the same program, the dense model or the matrix product, took times more
-than 10 % apart: too far to trust the rest.
+that the same program, the dense model or the matrix product, took too different times to trust the
+rest: the middle half of its rounds spreads over more than 10 % of their median.
 --accuracies takes files with what evaluate printed, for a column and for the picture.
 """
 

@@ -111,7 +111,8 @@ def plot(lines: list[Line], *, title: str, x_label: str, y_label: str) -> Image.
         box = free_box(spot, draw.textlength(text, font(12)) / SCALE, taken, boxes)
         boxes.append(box)
         middle = (box[0] + box[2]) / 2 * SCALE, (box[1] + box[3]) / 2 * SCALE
-        draw.text(middle, text, colour, font(12), anchor="mm")
+        rim = dict(stroke_width=2 * SCALE, stroke_fill=PAPER)
+        draw.text(middle, text, colour, font(12), anchor="mm", **rim)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -181,7 +182,7 @@ def free_box(
             left < other[2] and other[0] < right and top < other[3] and other[1] < bottom
             for other in boxes
         )
-        outside = left < LEFT or right > SIZE[0] - 4 or top < TOP or bottom > SIZE[1] - BOTTOM
+        outside = left < LEFT or right > SIZE[0] - 4 or top < TOP - 18 or bottom > SIZE[1] - BOTTOM
         return inside + 100 * (over + outside)
 
     return min((box_at(*side) for side in sides), key=crowded)

@@ -84,10 +84,11 @@ def test_a_speed_up_is_the_median_over_rounds_and_flops_count_the_backward_pass(
     program = measuring.Program(lambda: None, 1.5, 100, None)
     seconds = {"dense": np.array([1.0, 2, 10]), "evit 0.5": np.array([0.5, 2, 2])}
     awaited = {name: 2 * values for name, values in seconds.items()}
-    programs = {name: program for name in seconds}
+    programs = dict.fromkeys(seconds, program)
     dense, evit = contests.rows_of(contest, programs, awaited, seconds)
     assert (dense["speedup"], evit["speedup"]) == (1, 2)  # of 2, 1 and 5
     assert evit["speedup_range"] == [1, 5]
+    assert evit["images_per_second_range"] == [2, 8]
     assert (evit["images_per_second"], evit["latency_ms"]) == (2, 4000)
     assert evit["flops"] == 4 * 3 * 2 * evit["macs"]
     assert evit["flops_per_second"] == evit["flops"] / 2

@@ -160,6 +160,7 @@ def rows_of(
     rows = []
     for variant in contest.variants:
         program, seconds = programs[variant.name], queued[variant.name]
+        middle = float(np.median(seconds))
         each = macs(variant.model)
         flops = 2 * PASSES[contest.mode] * each * contest.batch_size
         rows.append(
@@ -170,7 +171,10 @@ def rows_of(
                 batch_size=contest.batch_size,
                 dtype=variant.model.dtype.name,
                 mode=contest.mode,
-                **spread("images_per_second", contest.batch_size / seconds),
+                images_per_second=contest.batch_size / middle,
+                images_per_second_range=[
+                    contest.batch_size / float(limit) for limit in (seconds.max(), seconds.min())
+                ],
                 **spread("latency_ms", 1000 * awaited[variant.name]),
                 **spread("speedup", queued["dense"] / seconds),
                 macs=each,
@@ -178,7 +182,7 @@ def rows_of(
                 variation=variation(seconds),
                 flops=flops,
                 xla_flops=program.xla_flops,
-                flops_per_second=float(flops / np.median(seconds)),
+                flops_per_second=flops / middle,
                 compile_seconds=program.compile_seconds,
                 peak_memory_bytes=program.peak_memory_bytes,
                 tokens=variant.model.tokens_per_block,

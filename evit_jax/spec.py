@@ -11,6 +11,21 @@ def parse_fields(text: str) -> dict[str, bool | int | float | str | None]:
     return dict(parse_field(item.strip()) for item in text.split(",") if item.strip())
 
 
+def split_specs(text: str) -> list[str]:
+    """ "evit,tome:r=13,linear=0.5" -> ["evit", "tome:r=13,linear=0.5"].
+
+    A comma separates specs, except that FIELD=VALUE goes with the spec before it.
+    """
+    specs: list[str] = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, equals, _ = item.partition("=")
+        if specs and equals and ":" not in name:
+            specs[-1] += f",{item}"
+        else:
+            specs.append(item)
+    return specs
+
+
 def parse_field(item: str) -> tuple[str, bool | int | float | str | None]:
     """One of them; whole numbers, numbers, True, False and None are recognised."""
     name, equals, text = item.partition("=")

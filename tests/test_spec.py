@@ -2,12 +2,22 @@
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.spec import numbers, parse_fields
+from evit_jax.spec import numbers, parse_fields, split_specs
 
 
-def test_fields_keep_their_types():
-    fields = parse_fields("r=13, linear=0.5,fuse=False,name=tome,debug")
-    assert fields == dict(r=13, linear=0.5, fuse=False, name="tome", debug=True)
+def test_settings_are_read_as_what_they_look_like():
+    fields = parse_fields("r=13,fuse=False,rate=0.5,debug,name=x, none=None")
+    assert fields == dict(r=13, fuse=False, rate=0.5, debug=True, name="x", none=None)
+
+
+def test_a_comma_separates_specs_but_not_their_fields():
+    text = "evit, evit:fuse=False,tome:r=13,linear=0.5,random"
+    assert split_specs(text) == ["evit", "evit:fuse=False", "tome:r=13,linear=0.5", "random"]
+    assert split_specs("vit:width=48,depth=2,deit_tiny_patch16_224") == [
+        "vit:width=48,depth=2",
+        "deit_tiny_patch16_224",
+    ]
+    assert split_specs(" ,") == []
 
 
 def test_lists_of_numbers():

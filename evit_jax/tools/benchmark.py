@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of models beside what their multiply-accumulates promise.
+
+python -m evit_jax.tools.benchmark --model=NAME --keep_rates=1,0.7,0.5 --batch_sizes=1,8 \\
+    [--reducers=evit,evit:fuse=False,tome:r=13] [--dtypes=float32,bfloat16] \\
+    [--mode=inference,training] [--accuracies=FILE.json --plot=FILE.png] [--out=FILE.md]
+
+NAME is a model's, several with commas between them, or a backbone with its sizes such as
+vit:width=192,depth=6,num_heads=3,image_size=64,patch_size=8. Weights are drawn: speed does not
+depend on them. A reducer with a schedule of its own, such as tome:r=13, takes no keep rate.
+
+For each model, dtype, mode and batch size the variants, the dense model among them whether asked
+for or not, and a matrix product take turns on one device, every other round backwards.
+  latency_ms         of a call that is awaited before the next one; in training, of a step
+  images_per_second  on a CPU from the same calls; elsewhere from calls that are handed over without
+                     waiting and awaited together, as a server or a training loop does
+  speedup            images per second over dense, round by round; its median
+  macs_ratio         the dense model's multiply-accumulates over the variant's: the speed-up if they
+                     were all that takes time
+  flops_per_second   2 per multiply-accumulate, in training 3 times that for the backward pass;
+                     `flops` are those of a call
+  peak_share         of the fastest matrix product of the same dtype in this run
+  xla_flops          the same by XLA's own count of the compiled program; null if it has none
+  peak_memory_bytes  arguments, results and temporaries of the program, by XLA's plan
+  compile_seconds    tracing to executable, without any cache of programs
+Figures are medians over rounds; NAME_range holds the lowest and the highest. Inference takes
+normalised images that are on the device, keeps the weights in the dtype of the computation (norms
+and heads still compute in float32) and returns logits. Training is the step of train.py: uint8
+images, label smoothing, AdamW, weights in float32.
+
+The last line of standard output is a JSON object; `results` has an object per variant. `noisy` says
+that the same program, the dense model or the matrix product, took too different times to trust the
+rest: the middle half of its rounds spreads over more than 10 % of their median.
+--accuracies takes files with what evaluate printed, for a column and for the picture.
+"""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+from evit_jax import cli
+from evit_jax.errors import InputError, check_names
+from evit_jax.models import check_dtype
+from evit_jax.recorder import write_whole
+from evit_jax.spec import numbers, split_specs
+from evit_jax.tools import benchmark_report as tables
+from evit_jax.tools import plotting
+from evit_jax.tools.contests import PASSES, contests_of, measure
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="names, with commas between them")
+    add("--keep_rates", default="", help="such as 1,0.7,0.5; default 0.7")
+    add("--reducers", default="evit", help="such as evit,evit:fuse=False,tome:r=13")
+    add("--batch_sizes", default="1,8", help="images in a call")
+    add("--dtypes", default="float32", help="of the computation, such as float32,bfloat16")
+    add("--mode", default="inference", help="inference, training or both")
+    add("--image_size", default="", help="224 or 224,320; default the model's own")
+    add("--rounds", type=int, default=10, help="in which each variant has a turn")
+    add("--seconds", type=float, default=0.5, help="of a turn, about; a call at least")
+    add("--accuracies", default="", help="files with evaluate's output, with commas between them")
+    add("--plot", metavar="FILE.png", help="accuracy against images per second in inference")
+    add("--out", metavar="FILE.md", help="the table in Markdown")
+    add("--json", metavar="FILE.json", help="the JSON object too")
+    flags = parser.parse_args()
+    if min(numbers(flags.batch_sizes, int), default=0) < 1:
+        raise InputError(f"--batch_sizes must be 1 or more each, got {flags.batch_sizes!r}")
+    if flags.rounds < 1 or not 0 < flags.seconds < float("inf"):
+        raise InputError("--rounds must be 1 or more and --seconds more than 0")
+    for name, suffix in (("plot", ".png"), ("out", ".md"), ("json", ".json")):
+        path = getattr(flags, name)
+        if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
+            raise InputError(f"--{name} must be a {suffix} file in a folder that exists: {path}")
+    if flags.plot and (not flags.accuracies or "inference" not in words(flags.mode)):
+        raise InputError("--plot needs --accuracies=FILE.json and --mode=inference")
+    return flags
+
+
+def words(text: str) -> list[str]:
+    """ "a, b,a" -> ["a", "b"]."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def main() -> None:
+    flags = parse()
+    models = list(dict.fromkeys(split_specs(flags.model)))
+    modes = words(flags.mode)
+    check_names("mode", modes, PASSES)
+    contests = contests_of(
+        models,
+        dtypes=[check_dtype(name) for name in words(flags.dtypes)],
+        modes=modes,
+        batch_sizes=numbers(flags.batch_sizes, int),
+        reducers=list(dict.fromkeys(split_specs(flags.reducers))),
+        keep_rates=numbers(flags.keep_rates, float),
+        image_size=numbers(flags.image_size, int),
+    )
+    top1 = tables.read_accuracies(flags.accuracies, models)
+    timed = {
+        (contest.model, variant.reducer, variant.keep_rate)
+        for contest in contests
+        for variant in contest.variants
+    }
+    if top1 and not any(key[1] != "dense" for key in timed & top1.keys()):
+        raise InputError(f"--accuracies={flags.accuracies} has none of the variants to be timed")
+
+    rows, peaks = measure(contests, rounds=flags.rounds, seconds=flags.seconds)
+    if not rows:
+        raise InputError("no batch fits into the device's memory; try smaller --batch_sizes")
+    for row in rows:
+        row["peak_share"] = row["flops_per_second"] / float(peaks[row["dtype"]].max())
+        row["top1"] = top1.get((row["model"], row["reducer"], row["keep_rate"]))
+    noise, warning = tables.judge(
+        dict(
+            dense_model=[row["variation"] for row in rows if row["reducer"] == "dense"],
+            matrix_product=[
+                tables.variation(1 / turn) for turns in peaks.values() for turn in turns
+            ],
+        )
+    )
+    figures = tables.machine() | dict(
+        rounds=flags.rounds,
+        seconds=flags.seconds,
+        peak_flops_per_second={dtype: float(speeds.max()) for dtype, speeds in peaks.items()},
+        noise=noise,
+        noisy=tables.noisy(noise),
+        results=rows,
+    )
+
+    print(tables.text(figures), file=sys.stderr)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    if flags.out:
+        write_whole(Path(flags.out), tables.markdown(figures, warning))
+    if flags.json:
+        write_whole(Path(flags.json), json.dumps(figures) + "\n")
+    if flags.plot:
+        names = ", ".join(dict.fromkeys(row["model"] for row in rows))
+        picture = plotting.plot(
+            tables.lines_of(rows),
+            title=f"{names} on {figures['device']}",
+            x_label="images per second",
+            y_label="top-1 accuracy, %",
+        )
+        content = io.BytesIO()
+        picture.save(content, "png")
+        write_whole(Path(flags.plot), content.getvalue())
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    cli.guard(main)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmark compares: variants of models that take turns, and the figures of each."""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from evit_jax.errors import InputError
+from evit_jax.flops import macs
+from evit_jax.models import build_model, init_params, preprocessing
+from evit_jax.parallel import DataParallel
+from evit_jax.plan import check_rate
+from evit_jax.spec import parse_fields
+from evit_jax.timing import take_turns
+from evit_jax.tools import measuring
+from evit_jax.tools.benchmark_report import spread, variation
+
+PASSES = dict(inference=1, training=3)  # forward passes' worth of arithmetic in a call
+PRODUCT = "matrix product"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model with a token plan."""
+
+    reducer: str  # as the user wrote it; "dense" for the one that the others are compared to
+    keep_rate: float | None  # None where the reducer's own schedule holds
+    model: object  # Linen module
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.reducer == "dense" or self.keep_rate is None else f" {self.keep_rate:g}"
+        return self.reducer + rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """Variants of one model that take turns; the dense one is the first."""
+
+    model: str  # as the user wrote it
+    mode: str
+    batch_size: int
+    variants: list[Variant]  # of the same dtype
+
+    @property
+    def dense(self):
+        return self.variants[0].model
+
+
+def variants_of(
+    spec: str,
+    *,
+    reducers: list[str],
+    keep_rates: tuple[float, ...] = (),
+    image_size: tuple[int, ...] = (),
+) -> list[Variant]:
+    """A model's variants, the dense one first.
+
+    Args:
+      spec: a model's name, or a backbone with sizes such as "vit:width=192,depth=6".
+      reducers: such as "evit:fuse=False"; one with a schedule of its own, such as "tome:r=13", is
+        a single variant.
+      keep_rates: for the others; default 0.7.
+      image_size: default the model's own.
+
+    Raises:
+      InputError: an unknown name, a setting out of range, one that a flag is for, or rates that
+        nobody takes.
+    """
+    name, _, rest = spec.partition(":")
+    settings = parse_fields(rest)
+    flagged = {"name", "keep", "keep_rate", "keep_rates", "layers", "tokens", "reducer", "dtype"}
+    if taken := sorted(flagged & settings.keys()):
+        raise InputError(f"--model={spec}: {taken[0]} is no size of the model; see --help")
+    if image_size:
+        settings["image_size"] = image_size
+    rates = [check_rate(rate) for rate in dict.fromkeys(keep_rates)] or [0.7]
+    variants = [Variant("dense", 1.0, build_model(name, **settings).clone(keep=()))]
+    scheduled = 0
+    for reducer in reducers:
+        model = build_model(name, reducer=reducer, **settings)
+        if any(count is not None for count in model.keep):
+            variants.append(Variant(reducer, None, model))
+            scheduled += 1
+            continue
+        for rate in rates:
+            if rate != 1:
+                plan = model.plan(keep_rate=rate)
+                variants.append(Variant(reducer, rate, model.clone(keep=plan)))
+    if scheduled == len(reducers) and set(keep_rates) - {1}:
+        raise InputError(
+            f"--keep_rates are for reducers without a schedule of their own; {', '.join(reducers)} "
+            "takes none; leave them out, or add evit to --reducers"
+        )
+    return variants
+
+
+def contests_of(
+    models: list[str],
+    *,
+    dtypes: list[np.dtype],
+    modes: list[str],
+    batch_sizes: tuple[int, ...],
+    reducers: list[str],
+    keep_rates: tuple[float, ...],
+    image_size: tuple[int, ...],
+) -> list[Contest]:
+    """All that is to be measured, model by model; arguments as in `variants_of`."""
+    contests = []
+    for spec in models:
+        variants = variants_of(
+            spec, reducers=reducers, keep_rates=keep_rates, image_size=image_size
+        )
+        for dtype, mode, batch_size in itertools.product(dtypes, modes, batch_sizes):
+            typed = [
+                dataclasses.replace(variant, model=variant.model.clone(dtype=dtype))
+                for variant in variants
+            ]
+            contests.append(Contest(spec, mode, batch_size, typed))
+    return contests
+
+
+def compile_all(
+    contest: Contest, params: dict, devices: DataParallel, progress: Callable[[str], object]
+) -> dict[str, measuring.Program]:
+    """The contest's programs by their variants' names, over the same parameters (float32)."""
+    model, card = contest.dense, preprocessing(contest.model.partition(":")[0])
+    batch = measuring.synthetic_batch(
+        model.image_size, contest.batch_size, model.num_classes, devices
+    )
+    if contest.mode == "training":
+        compile_one = measuring.Training(params, card, batch, devices).program
+    else:
+        params = measuring.cast(params, model.dtype, devices)
+        images = devices.init(card.normalise, batch["image"])
+        compile_one = functools.partial(
+            measuring.inference, params=params, images=images, devices=devices
+        )
+    programs = {}
+    for variant in contest.variants:
+        progress(f"compiling {variant.name}")
+        programs[variant.name] = compile_one(variant.model)
+    progress(f"{contest.mode}, {model.dtype.name}, batch size {contest.batch_size}")
+    return programs
+
+
+def rows_of(
+    contest: Contest,
+    programs: dict[str, measuring.Program],
+    awaited: dict[str, np.ndarray],
+    queued: dict[str, np.ndarray],
+) -> list[dict]:
+    """The variants' figures; `awaited` and `queued` are what `take_turns` found either way."""
+    rows = []
+    for variant in contest.variants:
+        program, seconds = programs[variant.name], queued[variant.name]
+        middle = float(np.median(seconds))
+        each = macs(variant.model)
+        flops = 2 * PASSES[contest.mode] * each * contest.batch_size
+        rows.append(
+            dict(
+                model=contest.model,
+                keep_rate=variant.keep_rate,
+                reducer=variant.reducer,
+                batch_size=contest.batch_size,
+                dtype=variant.model.dtype.name,
+                mode=contest.mode,
+                images_per_second=contest.batch_size / middle,
+                images_per_second_range=[
+                    contest.batch_size / float(limit) for limit in (seconds.max(), seconds.min())
+                ],
+                **spread("latency_ms", 1000 * awaited[variant.name]),
+                **spread("speedup", queued["dense"] / seconds),
+                macs=each,
+                macs_ratio=macs(contest.dense) / each,
+                variation=variation(seconds),
+                flops=flops,
+                xla_flops=program.xla_flops,
+                flops_per_second=flops / middle,
+                compile_seconds=program.compile_seconds,
+                peak_memory_bytes=program.peak_memory_bytes,
+                tokens=variant.model.tokens_per_block,
+            )
+        )
+    return rows
+
+
+def measure(
+    contests: list[Contest], *, rounds: int, seconds: float
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Holds all contests.
+
+    Returns:
+      (a row per variant, dtype -> FLOP/s of its matrix product (contests, rounds)).
+    """
+    devices = DataParallel(jax.devices()[:1])
+    apart = jax.default_backend() != "cpu"  # on a CPU calls do not overlap
+    turns = rounds * (1 + apart) * sum(len(contest.variants) + 1 for contest in contests)
+    rows, peaks, products, params = [], {}, {}, {}
+    with measuring.without_program_cache(), tqdm(total=turns, unit="turn", disable=None) as bar:
+        take = functools.partial(take_turns, rounds=rounds, seconds=seconds, after_turn=bar.update)
+        for contest in contests:
+            dtype = contest.dense.dtype
+            if dtype.name not in products:
+                products[dtype.name] = measuring.matrix_product(dtype, devices)
+            if contest.model not in params:  # those of the model before are no longer needed
+                init = functools.partial(init_params, contest.dense)
+                params = {contest.model: devices.init(init, jax.random.key(0))}
+            product, flops = products[dtype.name]
+            try:
+                programs = compile_all(contest, params[contest.model], devices, bar.set_postfix_str)
+                calls = {name: program.call for name, program in programs.items()}
+                calls[PRODUCT] = product
+                awaited = take(calls)
+                queued = take(calls, queued=True) if apart else awaited
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                tqdm.write(
+                    f"skipped: {contest.model} with batch size {contest.batch_size} in "
+                    f"{contest.mode} needs more memory than there is",
+                    file=sys.stderr,
+                )
+                continue
+            peaks.setdefault(dtype.name, []).append(flops / queued[PRODUCT])
+            rows += rows_of(contest, programs, awaited, queued)
+    return rows, {name: np.asarray(values) for name, values in peaks.items()}

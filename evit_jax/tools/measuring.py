@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs ready to be timed on one device, and what compiling them showed."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from evit_jax import optim, steps
+from evit_jax.mix import Mix
+from evit_jax.parallel import DataParallel
+from evit_jax.preprocessing import Preprocessing
+from evit_jax.timing import time_calls
+
+PRODUCT_SECONDS = 0.01  # of the matrix product: starting it must not count
+LARGEST_SIDE = 16384  # of its matrices, for their memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program with its arguments."""
+
+    call: Callable[[], object]  # runs it once; returns what is ready when it is done
+    compile_seconds: float  # tracing, lowering and compiling
+    peak_memory_bytes: int | None  # arguments, results and temporaries; None: XLA does not say
+    xla_flops: float | None  # of one call, by XLA's own count; None: it does not say
+
+
+@contextlib.contextmanager
+def without_program_cache() -> Iterator[None]:
+    """Compiles every program inside afresh, whatever programs are kept on disk."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def inference(model, params: dict, images: jax.Array, devices: DataParallel) -> Program:
+    """The logits, and nothing else, of normalised images (B, H, W, 3) float32."""
+
+    def logits(params, images):
+        return model.apply({"params": params}, images)[0]
+
+    start = time.perf_counter()
+    program = devices.compile_eval(logits).lower(params, images).compile()
+    seconds = time.perf_counter() - start
+    return Program(functools.partial(program, params, images), seconds, **account(program))
+
+
+def cast(params: dict, dtype: jnp.dtype, devices: DataParallel) -> dict:
+    """The weights in the dtype of the computation, as a server would keep them."""
+    return devices.init(lambda p: jax.tree.map(lambda leaf: leaf.astype(dtype), p), params)
+
+
+@dataclasses.dataclass
+class Training:
+    """Training steps of models with the same parameters, on one synthetic batch.
+
+    The step is `train.py`'s: uint8 images, label smoothing, AdamW with its schedule. The programs
+    hand one state from each to the next, since each gives up the one it gets.
+    """
+
+    params: dataclasses.InitVar[dict]  # float32
+    preprocessing: Preprocessing
+    batch: dict[str, jax.Array]  # of `steps.batch_shapes`
+    devices: DataParallel
+
+    def __post_init__(self, params: dict):
+        rates = dict(lr=1e-5, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=100, total_steps=100_000)
+        adam = dict(weight_decay=0.05, clip_norm=0.0, b1=0.9, b2=0.999)
+        optimizer, _ = optim.create(**rates, **adam)
+        self.recipe = steps.Recipe(self.preprocessing, optimizer, Mix(), label_smoothing=0.1)
+
+        def init(params):
+            return steps.init_state(params, optimizer, ema=False)
+
+        self.state = self.devices.init(init, params)
+
+    def program(self, model) -> Program:
+        """The step of one model."""
+        step = functools.partial(steps.train_step, models=(model,), recipe=self.recipe)
+        start = time.perf_counter()
+        program = self.devices.compile_train(step, self.state, self.batch, {})
+        seconds = time.perf_counter() - start
+
+        def call():
+            self.state, figures = program(self.state, self.batch, {})
+            return figures  # of the same execution as the state, which the next call gives up
+
+        return Program(call, seconds, **account(program))
+
+
+def account(program) -> dict[str, int | float | None]:
+    """XLA's figures of a compiled program, as far as the backend has them."""
+    memory = program.memory_analysis()
+    peak = None
+    if memory is not None:
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    flops = (program.cost_analysis() or {}).get("flops", 0)
+    return dict(peak_memory_bytes=peak, xla_flops=flops if flops > 0 else None)
+
+
+def synthetic_batch(
+    image_size: tuple[int, int], batch_size: int, num_classes: int, devices: DataParallel
+) -> dict[str, jax.Array]:
+    """A training batch of noise, on the device."""
+    rng = np.random.default_rng(0)
+    shapes = steps.batch_shapes(image_size, batch_size)
+    image = rng.integers(0, 256, shapes["image"].shape, np.uint8)
+    label = rng.integers(0, num_classes, shapes["label"].shape, np.int32)
+    return devices.put(dict(image=image, label=label))
+
+
+def matrix_product(dtype: jnp.dtype, devices: DataParallel) -> tuple[Callable[[], object], int]:
+    """A product of two square matrices at JAX's default precision, and its FLOPs.
+
+    Its size is doubled until it keeps the device busy for a while. No data sheet says what a shared
+    or throttled device can do; this does.
+    """
+    multiply, side = devices.compile_eval(jnp.matmul), 512
+    while True:
+        matrices = devices.init(
+            lambda key, side=side: jax.random.normal(key, (2, side, side)).astype(dtype),
+            jax.random.key(0),
+        )
+        product = functools.partial(multiply, *matrices)
+        time_calls("matrix product", product)
+        if time_calls("matrix product", product) >= PRODUCT_SECONDS or side >= LARGEST_SIDE:
+            return product, 2 * side**3
+        side *= 2

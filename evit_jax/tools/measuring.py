@@ -54,7 +54,9 @@ def inference(model, params: dict, images: jax.Array, devices: DataParallel) -> 
     start = time.perf_counter()
     program = devices.compile_eval(logits).lower(params, images).compile()
     seconds = time.perf_counter() - start
-    return Program(functools.partial(program, params, images), seconds, **account(program))
+    loops = len(images) // model.part(len(images))
+    figures = account(program, loops=loops)
+    return Program(functools.partial(program, params, images), seconds, **figures)
 
 
 def cast(params: dict, dtype: jnp.dtype, devices: DataParallel) -> dict:
@@ -88,7 +90,9 @@ class Training:
 
     def program(self, model) -> Program:
         """The step of one model."""
-        step = functools.partial(steps.train_step, models=(model,), recipe=self.recipe)
+        count = steps.micro_batches(model, self.batch["label"].shape[0])
+        recipe = dataclasses.replace(self.recipe, accumulate=count)
+        step = functools.partial(steps.train_step, models=(model,), recipe=recipe)
         start = time.perf_counter()
         program = self.devices.compile_train(step, self.state, self.batch, {})
         seconds = time.perf_counter() - start
@@ -97,18 +101,21 @@ class Training:
             self.state, figures = program(self.state, self.batch, {})
             return figures  # of the same execution as the state, which the next call gives up
 
-        return Program(call, seconds, **account(program))
+        return Program(call, seconds, **account(program, loops=count))
 
 
-def account(program) -> dict[str, int | float | None]:
-    """XLA's figures of a compiled program, as far as the backend has them."""
+def account(program, *, loops: int) -> dict[str, int | float | None]:
+    """XLA's figures of a compiled program, as far as the backend has them.
+
+    XLA counts what a loop does once; `loops` is how often it goes round, with nearly all the work.
+    """
     memory = program.memory_analysis()
     peak = None
     if memory is not None:
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     flops = (program.cost_analysis() or {}).get("flops", 0)
-    return dict(peak_memory_bytes=peak, xla_flops=flops if flops > 0 else None)
+    return dict(peak_memory_bytes=peak, xla_flops=loops * flops if flops > 0 else None)
 
 
 def synthetic_batch(

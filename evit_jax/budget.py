@@ -145,7 +145,8 @@ def stopwatch(
         raise InputError(f"batch_size must be a whole number from 1 up, got {batch_size!r}")
     devices = DataParallel(jax.devices()[:1])
     shape = (batch_size, *model.image_size, 3)
-    params = devices.init(dict, params)
+    # In the dtype of the computation, as a server would keep them and the benchmark does.
+    params = devices.init(lambda p: jax.tree.map(lambda a: a.astype(model.dtype), p), params)
     images = devices.init(lambda key: jax.random.normal(key, shape), jax.random.key(0))
 
     @functools.cache

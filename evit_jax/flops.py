@@ -23,3 +23,15 @@ def macs(model) -> int:
         entering = leaving
     heads = 2 if model.distilled else 1
     return total + heads * model.width * model.num_classes
+
+
+def logit_macs(model) -> int:
+    """MACs done where logits alone are asked for: `macs` without what the last block leaves out.
+
+    That is the queries' attention, the projection and the MLP of all but the prefix tokens.
+    """
+    before = (model.prefix + model.patches, *model.tokens_per_block)[-2]
+    whole = block_macs(before, model.tokens_per_block[-1], model.width, model.hidden)
+    keys_and_queries = 3 * before * model.width**2
+    asking = 2 * before * model.width + model.width**2 + 2 * model.width * model.hidden
+    return macs(model) - whole + keys_and_queries + model.prefix * asking

@@ -38,6 +38,7 @@ RANGES = {
     "mix.mixup": (0, LARGEST),
     "mix.cutmix": (0, LARGEST),
     "mix.switch": (0, 1),
+    "batch_size": (1, LARGEST),
     "run.accumulate": (0, LARGEST),
     "run.log_every": (1, LARGEST),
     "run.eval_every": (0, LARGEST),

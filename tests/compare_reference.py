@@ -6,10 +6,10 @@ python -m tests.compare_reference --reference=evit --python=TORCH_ENVIRONMENT/bi
     [--batch_sizes=1,8,32] [--keep_rates=1,0.7] [--training] [--rounds=9]
 
 Each side has a process of its own and waits while the other has its turn of several warm calls: in
-one process PyTorch's threads, which spin, slow JAX's. A turn's figure is the mean of its calls after
-one that is not counted; every other round begins with the other side. DeiT-S, float32, fused tokens;
-in training a step with label smoothing and AdamW. TORCH_ENVIRONMENT needs torch and timm. The last
-line of standard output is a JSON object.
+one process PyTorch's threads, which spin, slow JAX's. A turn's figure is the mean of its calls
+after one that is not counted; every other round begins with the other side. DeiT-S, float32, fused
+tokens; in training a step with label smoothing and AdamW. TORCH_ENVIRONMENT needs torch and timm.
+The last line of standard output is a JSON object: medians, lowest and highest of the rounds.
 """
 
 import argparse

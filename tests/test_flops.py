@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from evit_jax.flops import macs
+from evit_jax.flops import logit_macs, macs
 from evit_jax.models import build_model
 
 # GMACs computed by hand from the formula of the papers at the reference code's token counts.
@@ -45,3 +45,15 @@ def test_the_distilled_model_pays_for_its_token_and_head():
     distilled = macs(build_model("deit_tiny_distilled_patch16_224"))
     token = 12 * (12 * 192**2 + 2 * 192 * (198**2 - 197**2))
     assert distilled - plain == token + 192 * 1000
+
+
+def test_logits_alone_need_only_the_prefix_of_the_last_block():
+    model = build_model("deit_small_patch16_224")
+    width, hidden = 384, 1536
+    unread = 196 * (width**2 + 2 * 197 * width + 2 * width * hidden)
+    assert macs(model) - logit_macs(model) == unread
+    reduced = build_model("deit_small_distilled_patch16_224", keep_rate=0.5)
+    entering = reduced.tokens_per_block[-2]
+    unread = (entering - 2) * (width**2 + 2 * entering * width + 2 * width * hidden)
+    assert macs(reduced) - logit_macs(reduced) == unread
+    assert logit_macs(build_model("vit", depth=1)) < macs(build_model("vit", depth=1))

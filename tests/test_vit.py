@@ -59,6 +59,7 @@ def test_a_cpu_works_on_parts_that_its_caches_hold(one_cpu_device):
     assert [model.part(n) for n in (1, 8, 16, 32, 50)] == [1, 8, 8, 8, 5]
     assert model.part(31) == 31  # no divisor is near what fits
     assert [model.part(n, train=True) for n in (8, 16, 50)] == [4, 4, 50]
+    assert build_model("deit_base_patch16_384").part(128, train=True) == 2
     assert build_model("deit_base_patch16_224").part(32) == 4
     assert steps.micro_batches(model, 16) == 4
     digits = build_model("vit", **SIZES)
@@ -83,6 +84,23 @@ def test_parts_give_what_the_whole_batch_gives(one_cpu_device, monkeypatch):
     parts = program.compile()({"params": params}, IMAGES)
     assert jax.tree.structure(parts) == jax.tree.structure(whole)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole)
+
+
+def test_without_jit_and_where_values_are_captured_the_batch_stays_whole(
+    one_cpu_device, monkeypatch
+):
+    monkeypatch.setattr(vit, "CPU_CACHE", 1)
+    model, params = tiny()
+    monkeypatch.setattr(jax.lax, "map", None)  # would compile anew in every call
+    logits, _ = model.apply({"params": params}, IMAGES)
+    capture = dict(capture_intermediates=True, mutable=["intermediates"])
+
+    def apply(params, images):
+        return model.apply({"params": params}, images, **capture)
+
+    (same, _), captured = jax.jit(apply)(params, IMAGES)
+    np.testing.assert_allclose(same, logits, atol=1e-5)
+    assert len(captured["intermediates"]["blocks_0"]["__call__"][0][0].x) == len(IMAGES)
 
 
 def test_init_and_training_see_the_whole_batch(one_cpu_device, monkeypatch):

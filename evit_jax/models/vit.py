@@ -143,15 +143,15 @@ class ViT(nn.Module):
         return planned(keep_rate=keep_rate, keep_rates=keep_rates, tokens=tokens, left=left)
 
     def part(self, batch_size: int, *, train: bool = False) -> int:
-        """How many images of a batch to work on at a time.
-
-        All, but on a single CPU device a divisor of the batch size whose widest activations stay in
-        the caches (docs/performance.md). Training needs twice the room, and pairs for mixup.
+        """How many images to work on at a time: all, but on a single CPU device a divisor of the
+        batch size whose widest activations stay in the caches (docs/performance.md).
+        Training needs twice the room, and pairs for mixup.
         """
-        if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+        if not alone or type(batch_size) is not int:  # an exported program's may be a symbol
             return batch_size
-        image = 4 * (self.prefix + self.patches) * self.hidden * (1 + train)
-        most, unit = max(1, CPU_CACHE // image), 1 + train
+        unit = 1 + train
+        most = max(unit, CPU_CACHE // (4 * (self.prefix + self.patches) * self.hidden * unit))
         fitting = (n for n in range(min(most, batch_size), most // 2, -1) if not n % unit)
         return next((n for n in fitting if batch_size % n == 0), batch_size)
 
@@ -178,8 +178,8 @@ class ViT(nn.Module):
                 f"this model takes images of shape (B, {self.image_size[0]}, {self.image_size[1]}, "
                 f"3), got {images.shape}{hint}"
             )
-        part = self.part(images.shape[0])
-        if part < images.shape[0] and not (train or self.is_initializing()):
+        part, traced = self.part(images.shape[0]), isinstance(images, jax.core.Tracer)
+        if traced and part != images.shape[0] and not (train or self.scope.mutable):
             alone, variables = self.clone(parent=None), self.variables
             parts = images.reshape(-1, part, *images.shape[1:])
             result = jax.lax.map(lambda part: alone.apply(variables, part), parts)

@@ -18,11 +18,13 @@ for or not, and a matrix product take turns on one device, every other round bac
   macs_ratio         the dense model's multiply-accumulates over the variant's: the speed-up if they
                      were all that takes time
   flops_per_second   2 per multiply-accumulate, in training 3 times that for the backward pass;
-                     `flops` are those of a call
+                     `flops` are those of a call, without what logits do not need of the last block
+                     (`macs` has it, as the papers do)
   peak_share         of the fastest matrix product of the same dtype in this run
   xla_flops          the same by XLA's own count of the compiled program; null if it has none
   peak_memory_bytes  arguments, results and temporaries of the program, by XLA's plan
-  compile_seconds    tracing to executable, without any cache of programs
+  compile_seconds    tracing to executable, without any cache of programs on disk; what variants
+                     share in memory is paid by the first, the dense one
 Figures are medians over rounds; NAME_range holds the lowest and the highest. Inference takes
 normalised images that are on the device, keeps the weights in the dtype of the computation (norms
 and heads still compute in float32) and returns logits. Training is the step of train.py: uint8
@@ -105,7 +107,7 @@ def main() -> None:
         for contest in contests
         for variant in contest.variants
     }
-    if top1 and not any(key[1] != "dense" for key in timed & top1.keys()):
+    if flags.accuracies and not any(key[1] != "dense" for key in timed & top1.keys()):
         raise InputError(f"--accuracies={flags.accuracies} has none of the variants to be timed")
 
     rows, peaks = measure(contests, rounds=flags.rounds, seconds=flags.seconds)
@@ -134,6 +136,7 @@ def main() -> None:
     print(tables.text(figures), file=sys.stderr)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
+    print(json.dumps(figures))  # before files, which can fail
     if flags.out:
         write_whole(Path(flags.out), tables.markdown(figures, warning))
     if flags.json:
@@ -149,7 +152,6 @@ def main() -> None:
         content = io.BytesIO()
         picture.save(content, "png")
         write_whole(Path(flags.plot), content.getvalue())
-    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

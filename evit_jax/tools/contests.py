@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
+from evit_jax.flops import logit_macs, macs
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.parallel import DataParallel
 from evit_jax.plan import check_rate
@@ -162,7 +162,7 @@ def rows_of(
         program, seconds = programs[variant.name], queued[variant.name]
         middle = float(np.median(seconds))
         each = macs(variant.model)
-        flops = 2 * PASSES[contest.mode] * each * contest.batch_size
+        flops = 2 * PASSES[contest.mode] * logit_macs(variant.model) * contest.batch_size
         rows.append(
             dict(
                 model=contest.model,

@@ -9,7 +9,8 @@ python -m evit_jax.tools.plan --model=deit_small_patch16_224 --latency_ms=50 --b
 compiles about ten plans, times them in turns on the first device and takes the one that keeps the
 most tokens of those whose median is within the budget. Both print the plans that they looked at,
 beside the dense model. The last line of standard output is a JSON object: the plan, its figures,
-`argument`, which goes into create_model, and `config`, which goes behind train.py.
+`argument`, which goes into create_model, and `config`, which goes behind train.py and a config
+whose own rate is unset, --config=FILE.py:keep_rate=None.
 """
 
 import argparse
@@ -125,9 +126,9 @@ def main() -> None:
         keep=planned.keep,
         tokens=planned.tokens_per_block,
         macs=macs(planned),
-        macs_ratio=macs(planned) / macs(model.clone(keep=())),
-        argument=f"tokens=({counts})",
-        config=f'--config.model.tokens="({counts})"',
+        macs_ratio=macs(model.clone(keep=())) / macs(planned),
+        argument=f"tokens=({counts}), reducer={flags.reducer!r}",
+        config=f'--config.model.tokens="({counts})" --config.model.reducer={flags.reducer}',
     )
     print(json.dumps(answer | figures))
 

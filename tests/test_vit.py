@@ -3,15 +3,17 @@ import jax
 import numpy as np
 import pytest
 
-from evit_jax import create_model, steps
-from evit_jax.models import build_model, vit
+from evit_jax import steps
+from evit_jax.models import build_model, init_params, vit
 
 SIZES = dict(image_size=24, patch_size=6, width=16, depth=4, num_heads=2, num_classes=5)
 IMAGES = np.random.default_rng(0).normal(size=(12, 24, 24, 3)).astype(np.float32)
 
 
 def tiny(**settings):
-    return create_model("vit", **SIZES | settings)
+    """create_model("vit") with its parameters drawn in one compiled program."""
+    model = build_model("vit", **SIZES | settings)
+    return model, jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_other_devices_work_on_whole_batches(monkeypatch):
 
 def test_parts_give_what_the_whole_batch_gives(one_cpu_device, monkeypatch):
     model, params = tiny(keep_rate=0.5, distilled=True)
-    whole = model.apply({"params": params}, IMAGES)
+    whole = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, IMAGES)
     monkeypatch.setattr(vit, "CPU_CACHE", 4 * 4 * (model.prefix + model.patches) * model.hidden)
     assert model.part(len(IMAGES)) == 4
     program = jax.jit(model.apply).lower({"params": params}, IMAGES)
@@ -106,7 +108,7 @@ def test_without_jit_and_where_values_are_captured_the_batch_stays_whole(
 def test_init_and_training_see_the_whole_batch(one_cpu_device, monkeypatch):
     monkeypatch.setattr(vit, "CPU_CACHE", 1)
     model, params = tiny(keep_rate=0.5)
-    drawn = model.init(jax.random.key(0), IMAGES)["params"]
+    drawn = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
     assert jax.tree.map(np.shape, drawn) == jax.tree.map(np.shape, params)
     trained = jax.jit(lambda p, x: model.apply({"params": p}, x, train=True)[0])
     assert "while" not in trained.lower(params, IMAGES).as_text()

@@ -164,12 +164,14 @@ def test_programs_kept_on_disk_do_not_shorten_compiling():
     folder = Path(os.environ["EVIT_JAX_TEST_PROGRAMS"])
 
     def compiled(number):
-        jax.jit(lambda x: x * number + 1).lower(jnp.zeros(3)).compile()
-        return set(folder.iterdir())
+        def only_compiled_here(x):  # a name of its own, as other tests keep programs there too
+            return x * number + 1
 
-    compiled(3.5)
+        jax.jit(only_compiled_here).lower(jnp.zeros(3)).compile()
+        return set(folder.glob("jit_only_compiled_here-*"))
+
+    before = compiled(3.5)
     with measuring.without_program_cache():
-        before = set(folder.iterdir())
         assert compiled(4.5) == before
     assert compiled(5.5) > before
 

@@ -16,16 +16,22 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from evit_jax import cli, metrics, optim, parallel, recorder, report, steps, timetable, timing
-from evit_jax.background import Prefetch, Programs
+from evit_jax import cli
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
-from evit_jax.mix import Mix
+from evit_jax.measure import timing
 from evit_jax.models import build_model, init_params, load_params, preprocessing
-from evit_jax.ranges import check_ranges
-from evit_jax.startup import Startup
-from evit_jax.teachers import open_teacher
+from evit_jax.plan import stages
+from evit_jax.plan.flops import macs
+from evit_jax.runtime import parallel, processes
+from evit_jax.runtime.background import Prefetch, Programs
+from evit_jax.spec import flatten
+from evit_jax.training import metrics, optim, recorder, report, steps
+from evit_jax.training.clock import Clock, Startup
+from evit_jax.training.mix import Mix
+from evit_jax.training.ranges import check_ranges
+from evit_jax.training.teachers import open_teacher
+from evit_jax.training.workdir import broken, claim
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and events")
@@ -38,9 +44,9 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     startup = Startup()
     config = CONFIG.value
-    check_ranges(recorder.flatten(config.to_dict()))
-    parallel.start_processes(PROCESSES.value)
-    stop = parallel.Stop()
+    check_ranges(flatten(config.to_dict()))
+    processes.start_processes(PROCESSES.value)
+    stop = processes.Stop()
     host, hosts = jax.process_index(), jax.process_count()
 
     # --------------------------------------------------------------------- devices, model, teacher
@@ -76,7 +82,7 @@ def main() -> None:
     total = max(to_steps(config.epochs), 1)
 
     # ----------------------------------------------- stages of the keep rate, optimiser, the steps
-    table = timetable.open_table(model, config, to_steps)
+    table = stages.open_table(model, config, to_steps)
     settings = dict(config.optimizer)
     warmup_steps = to_steps(settings.pop("warmup_epochs"))
     optimizer, schedule = optim.create(**settings, warmup_steps=warmup_steps, total_steps=total)
@@ -106,7 +112,7 @@ def main() -> None:
         teacher.params,
     )
 
-    def compile_stage(stage: timetable.Stage):
+    def compile_stage(stage: stages.Stage):
         models = tuple(model.clone(keep=keep) for keep in (stage.keep, *stage.others))
         step = functools.partial(steps.train_step, models=models, recipe=recipe)
         return devices.compile_train(step, *shapes)
@@ -134,9 +140,11 @@ def main() -> None:
     if not WORKDIR.value:
         raise InputError("--workdir=DIR is missing: where checkpoints, metrics and events go")
     workdir = Path(WORKDIR.value).expanduser().absolute()
-    recorder.claim(workdir, json.loads(config.to_json()), write=host == 0)
+    claim(workdir, json.loads(config.to_json()), write=host == 0)
     startup.ends("model and data")
-    from evit_jax.checkpoint import Checkpoints  # Orbax takes long to import; all above does not
+    from evit_jax.training.checkpoint import (
+        Checkpoints,  # Orbax takes long to import; all above does not
+    )
 
     checkpoints = Checkpoints(workdir / "checkpoints")
     startup.ends("checkpoints")
@@ -164,14 +172,14 @@ def main() -> None:
 
     # ------------------------------------------------------------------------------------ training
     def completes(step: int, epochs: float) -> bool:
-        return timetable.completes(step, epochs * train_images / config.batch_size, total=total)
+        return stages.completes(step, epochs * train_images / config.batch_size, total=total)
 
     def check(step: int, figures: dict[str, jax.Array], images: list[int]) -> None:
         """Awaits a step; raises InputError if its loss or gradients are not finite."""
         figures = {name: float(value) for name, value in figures.items()}
         if not all(map(math.isfinite, figures.values())):
             checkpoints.wait()
-            raise recorder.broken(workdir, step, figures, images, checkpoints.latest, host)
+            raise broken(workdir, step, figures, images, checkpoints.latest, host)
 
     def place(batch: dict) -> tuple[dict, list[int]]:
         images = log.damaged(batch, train_source)
@@ -180,7 +188,7 @@ def main() -> None:
     # The first program and the first batch are made while the state is.
     programs = Programs(compile_stage)
     if first < total:
-        programs.start(timetable.stage_at(table, first, config.seed))
+        programs.start(stages.stage_at(table, first, config.seed))
     batches = pipeline.train_batches(
         train_source,
         **config.augment,
@@ -211,13 +219,13 @@ def main() -> None:
         if first:
             log.say(f"going on from the checkpoint of step {first:,} in {workdir}")
 
-        clock = timing.Clock()
+        clock = Clock()
         for step in range(first + 1, total + 1):
             if last and not train_batches.ready:
                 check(*last)  # from here on the devices have nothing to do
             with clock.waiting():
                 batch, images = next(train_batches)
-            stage = timetable.stage_at(table, step - 1, config.seed)
+            stage = stages.stage_at(table, step - 1, config.seed)
             if stage not in used:
                 used.add(stage)
                 with clock.paused():  # compiling is not training
@@ -265,11 +273,11 @@ def main() -> None:
                 checkpoints.wait()
                 log.say(f"stopped after step {step}, and saved; run the same line again to go on")
                 log.close()
-                parallel.leave(0)
+                processes.leave(0)
         checkpoints.wait()
 
     # ------------------------------------------------ the result, beside the same weights run dense
-    variants = timetable.variants(model, config)
+    variants = stages.variants(model, config)
     with test_batches() as batches:
         batch = next(batches)
         log.damaged(batch, test_source)

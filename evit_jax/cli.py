@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 from absl import app, logging
 
-from evit_jax import compilation_cache, parallel
 from evit_jax.errors import InputError, check_name
-from evit_jax.recorder import flatten
+from evit_jax.runtime import compilation_cache, processes
+from evit_jax.spec import flatten
 
 
 def run(main: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ def exit_on_error(function: Callable[[], None]) -> None:
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         if jax.distributed.is_initialized():
-            parallel.leave(1)
+            processes.leave(1)
         sys.exit(1)
 
 

@@ -45,3 +45,12 @@ def numbers(text: str, kind: type) -> tuple:
         return tuple(kind(part) for part in text.split(",") if part)
     except ValueError:
         raise InputError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

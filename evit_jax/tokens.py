@@ -42,18 +42,12 @@ How each family of methods fits
 """
 
 import dataclasses
-import importlib
-import pkgutil
-import typing
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from evit_jax.errors import InputError, check_name, check_names
-from evit_jax.plan import Keep, quarter_layers
-from evit_jax.spec import parse_fields
+from evit_jax.plan.counts import Keep, quarter_layers
 
 
 @struct.dataclass
@@ -181,42 +175,3 @@ def unmerge(x: jax.Array, owner: jax.Array, *, prefix: int) -> jax.Array:
     index = jnp.maximum(owner, 0)[..., None] + prefix
     features = jnp.take_along_axis(x, index, axis=1, mode="clip")
     return jnp.where(owner[..., None] < 0, jnp.zeros((), x.dtype), features)
-
-
-def known_reducers() -> list[str]:
-    """The names of all methods: the files in this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def create_reducer(spec: str | Mapping | Reducer) -> Reducer:
-    """Builds a reducer from "evit", "evit:fuse=False" or dict(name="evit", fuse=False).
-
-    Raises:
-      InputError: an unknown method or field, naming the closest known one.
-    """
-    if isinstance(spec, Reducer):
-        return spec
-    if isinstance(spec, str):
-        name, _, rest = spec.partition(":")
-        fields = parse_fields(rest)
-    else:
-        fields = dict(spec)
-        name = fields.pop("name", None)
-        if name is None:
-            raise InputError(f'a reducer needs a name, as in dict(name="evit"), got {dict(spec)}')
-    check_name("reducer", name, known_reducers())
-    method = importlib.import_module(f"{__name__}.{name}").REDUCER
-    known = {field.name: field.type for field in dataclasses.fields(method)}
-    check_names(f"field of {name}", fields, known)
-    return method(**{key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields})
-
-
-def check_type(what: str, value, kind):
-    """Returns a value of the annotated type, a list as a tuple; raises InputError for another."""
-    value = tuple(value) if isinstance(value, list) else value
-    kinds = [typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,)]
-    if type(value) in kinds or (type(value) is int and float in kinds):
-        return value
-    raise InputError(
-        f"{what} must be of type {' or '.join(k.__name__ for k in kinds)}, got {value!r}"
-    )

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from evit_jax import report
+from evit_jax import tables
 from evit_jax.data import known_sources
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
 from evit_jax.models import build_model
-from evit_jax.ranges import check_ranges
-from evit_jax.recorder import flatten
+from evit_jax.plan.flops import macs
+from evit_jax.spec import flatten
+from evit_jax.training.ranges import check_ranges
 from tests.test_train import train
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -72,7 +72,7 @@ def test_a_budget_and_multiples_are_fields_that_training_follows(tmp_path):
     model = build_model(**fields | dict(macs=2.4e6, multiple_of=4))
     stages = [line.split() for line in out.split("GMACs")[1].splitlines()[2:5]]
     assert stages[0][1:3] == ["65", "x4"]
-    assert stages[2][1:-1] == report.runs(model.tokens_per_block).split()
+    assert stages[2][1:-1] == tables.runs(model.tokens_per_block).split()
     assert float(stages[2][-1]) == pytest.approx(macs(model) / 1e9, rel=1e-3)
     code, _, err = train(*budget, "--config.sandwich=(1.0,0.5)", f"--workdir={tmp_path}")
     assert (code, err.count("\n")) == (1, 1)

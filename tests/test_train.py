@@ -15,9 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from evit_jax import optim
-from evit_jax.checkpoint import Checkpoints
-from tests.test_sources import jpeg, make_folder
+from evit_jax.training import optim
+from evit_jax.training.checkpoint import Checkpoints
+from tests.data.test_sources import jpeg, make_folder
 
 ROOT = Path(__file__).parents[1]
 DIGITS = "--config=configs/digits.py:debug"

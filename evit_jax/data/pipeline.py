@@ -20,9 +20,9 @@ from PIL import Image
 
 from evit_jax.data.augment import centre_crop, decode, random_resized_crop
 from evit_jax.data.loader import Part, prepare
-from evit_jax.data.logits import Logits
 from evit_jax.data.order import Order
 from evit_jax.data.randaugment import color_jitter, rand_augment
+from evit_jax.data.targets import Logits
 from evit_jax.errors import InputError, check_name
 
 ROW = 100  # so many damaged images next to each other are more than damaged images

@@ -12,14 +12,22 @@ import numpy as np
 from tqdm import tqdm
 
 from evit_jax.errors import InputError
-from evit_jax.flops import logit_macs, macs
+from evit_jax.measure.programs import (
+    Program,
+    Training,
+    cast,
+    inference,
+    matrix_product,
+    synthetic_batch,
+    without_program_cache,
+)
+from evit_jax.measure.report import spread, variation
+from evit_jax.measure.timing import take_turns
 from evit_jax.models import build_model, init_params, preprocessing
-from evit_jax.parallel import DataParallel
-from evit_jax.plan import check_rate
+from evit_jax.plan.counts import check_rate
+from evit_jax.plan.flops import logit_macs, macs
+from evit_jax.runtime.parallel import DataParallel
 from evit_jax.spec import parse_fields
-from evit_jax.timing import take_turns
-from evit_jax.tools import measuring
-from evit_jax.tools.benchmark_report import spread, variation
 
 PASSES = dict(inference=1, training=3)  # forward passes' worth of arithmetic in a call
 PRODUCT = "matrix product"
@@ -40,7 +48,7 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
+class Comparison:
     """Variants of one model that take turns; the dense one is the first."""
 
     model: str  # as the user wrote it
@@ -101,7 +109,7 @@ def variants_of(
     return variants
 
 
-def contests_of(
+def comparisons_of(
     models: list[str],
     *,
     dtypes: list[np.dtype],
@@ -110,9 +118,9 @@ def contests_of(
     reducers: list[str],
     keep_rates: tuple[float, ...],
     image_size: tuple[int, ...],
-) -> list[Contest]:
+) -> list[Comparison]:
     """All that is to be measured, model by model; arguments as in `variants_of`."""
-    contests = []
+    comparisons = []
     for spec in models:
         variants = variants_of(
             spec, reducers=reducers, keep_rates=keep_rates, image_size=image_size
@@ -122,63 +130,59 @@ def contests_of(
                 dataclasses.replace(variant, model=variant.model.clone(dtype=dtype))
                 for variant in variants
             ]
-            contests.append(Contest(spec, mode, batch_size, typed))
-    return contests
+            comparisons.append(Comparison(spec, mode, batch_size, typed))
+    return comparisons
 
 
 def compile_all(
-    contest: Contest, params: dict, devices: DataParallel, progress: Callable[[str], object]
-) -> dict[str, measuring.Program]:
-    """The contest's programs by their variants' names, over the same parameters (float32)."""
-    model, card = contest.dense, preprocessing(contest.model.partition(":")[0])
-    batch = measuring.synthetic_batch(
-        model.image_size, contest.batch_size, model.num_classes, devices
-    )
-    if contest.mode == "training":
-        compile_one = measuring.Training(params, card, batch, devices).program
+    comparison: Comparison, params: dict, devices: DataParallel, progress: Callable[[str], object]
+) -> dict[str, Program]:
+    """The comparison's programs by their variants' names, over the same parameters (float32)."""
+    model, card = comparison.dense, preprocessing(comparison.model.partition(":")[0])
+    batch = synthetic_batch(model.image_size, comparison.batch_size, model.num_classes, devices)
+    if comparison.mode == "training":
+        compile_one = Training(params, card, batch, devices).program
     else:
-        params = measuring.cast(params, model.dtype, devices)
+        params = cast(params, model.dtype, devices)
         images = devices.init(card.normalise, batch["image"])
-        compile_one = functools.partial(
-            measuring.inference, params=params, images=images, devices=devices
-        )
+        compile_one = functools.partial(inference, params=params, images=images, devices=devices)
     programs = {}
-    for variant in contest.variants:
+    for variant in comparison.variants:
         progress(f"compiling {variant.name}")
         programs[variant.name] = compile_one(variant.model)
-    progress(f"{contest.mode}, {model.dtype.name}, batch size {contest.batch_size}")
+    progress(f"{comparison.mode}, {model.dtype.name}, batch size {comparison.batch_size}")
     return programs
 
 
 def rows_of(
-    contest: Contest,
-    programs: dict[str, measuring.Program],
+    comparison: Comparison,
+    programs: dict[str, Program],
     awaited: dict[str, np.ndarray],
     queued: dict[str, np.ndarray],
 ) -> list[dict]:
     """The variants' figures; `awaited` and `queued` are what `take_turns` found either way."""
     rows = []
-    for variant in contest.variants:
+    for variant in comparison.variants:
         program, seconds = programs[variant.name], queued[variant.name]
         middle = float(np.median(seconds))
         each = macs(variant.model)
-        flops = 2 * PASSES[contest.mode] * logit_macs(variant.model) * contest.batch_size
+        flops = 2 * PASSES[comparison.mode] * logit_macs(variant.model) * comparison.batch_size
         rows.append(
             dict(
-                model=contest.model,
+                model=comparison.model,
                 keep_rate=variant.keep_rate,
                 reducer=variant.reducer,
-                batch_size=contest.batch_size,
+                batch_size=comparison.batch_size,
                 dtype=variant.model.dtype.name,
-                mode=contest.mode,
-                images_per_second=contest.batch_size / middle,
+                mode=comparison.mode,
+                images_per_second=comparison.batch_size / middle,
                 images_per_second_range=[
-                    contest.batch_size / float(limit) for limit in (seconds.max(), seconds.min())
+                    comparison.batch_size / float(limit) for limit in (seconds.max(), seconds.min())
                 ],
                 **spread("latency_ms", 1000 * awaited[variant.name]),
                 **spread("speedup", queued["dense"] / seconds),
                 macs=each,
-                macs_ratio=macs(contest.dense) / each,
+                macs_ratio=macs(comparison.dense) / each,
                 variation=variation(seconds),
                 flops=flops,
                 xla_flops=program.xla_flops,
@@ -192,29 +196,31 @@ def rows_of(
 
 
 def measure(
-    contests: list[Contest], *, rounds: int, seconds: float
+    comparisons: list[Comparison], *, rounds: int, seconds: float
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Holds all contests.
+    """Makes all comparisons.
 
     Returns:
-      (a row per variant, dtype -> FLOP/s of its matrix product (contests, rounds)).
+      (a row per variant, dtype -> FLOP/s of its matrix product (comparisons, rounds)).
     """
     devices = DataParallel(jax.devices()[:1])
     apart = jax.default_backend() != "cpu"  # on a CPU calls do not overlap
-    turns = rounds * (1 + apart) * sum(len(contest.variants) + 1 for contest in contests)
+    turns = rounds * (1 + apart) * sum(len(comparison.variants) + 1 for comparison in comparisons)
     rows, peaks, products, params = [], {}, {}, {}
-    with measuring.without_program_cache(), tqdm(total=turns, unit="turn", disable=None) as bar:
+    with without_program_cache(), tqdm(total=turns, unit="turn", disable=None) as bar:
         take = functools.partial(take_turns, rounds=rounds, seconds=seconds, after_turn=bar.update)
-        for contest in contests:
-            dtype = contest.dense.dtype
+        for comparison in comparisons:
+            dtype = comparison.dense.dtype
             if dtype.name not in products:
-                products[dtype.name] = measuring.matrix_product(dtype, devices)
-            if contest.model not in params:  # those of the model before are no longer needed
-                init = functools.partial(init_params, contest.dense)
-                params = {contest.model: devices.init(init, jax.random.key(0))}
+                products[dtype.name] = matrix_product(dtype, devices)
+            if comparison.model not in params:  # those of the model before are no longer needed
+                init = functools.partial(init_params, comparison.dense)
+                params = {comparison.model: devices.init(init, jax.random.key(0))}
             product, flops = products[dtype.name]
             try:
-                programs = compile_all(contest, params[contest.model], devices, bar.set_postfix_str)
+                programs = compile_all(
+                    comparison, params[comparison.model], devices, bar.set_postfix_str
+                )
                 calls = {name: program.call for name, program in programs.items()}
                 calls[PRODUCT] = product
                 awaited = take(calls)
@@ -223,11 +229,11 @@ def measure(
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 tqdm.write(
-                    f"skipped: {contest.model} with batch size {contest.batch_size} in "
-                    f"{contest.mode} needs more memory than there is",
+                    f"skipped: {comparison.model} with batch size {comparison.batch_size} in "
+                    f"{comparison.mode} needs more memory than there is",
                     file=sys.stderr,
                 )
                 continue
             peaks.setdefault(dtype.name, []).append(flops / queued[PRODUCT])
-            rows += rows_of(contest, programs, awaited, queued)
+            rows += rows_of(comparison, programs, awaited, queued)
     return rows, {name: np.asarray(values) for name, values in peaks.items()}

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
-from evit_jax.parallel import DataParallel
-from evit_jax.plan import Keep
-from evit_jax.timing import take_turns
+from evit_jax.measure.timing import take_turns
+from evit_jax.plan.counts import Keep
+from evit_jax.plan.flops import macs
+from evit_jax.runtime.parallel import DataParallel
 
 RATES = tuple(percent / 100 for percent in range(100, 0, -1))
 PROGRAMS = 10  # compiled on a steady machine: dense, the halvings of RATES, and neighbours

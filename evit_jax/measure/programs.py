@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from evit_jax import optim, steps
-from evit_jax.mix import Mix
-from evit_jax.parallel import DataParallel
-from evit_jax.preprocessing import Preprocessing
-from evit_jax.timing import time_calls
+from evit_jax.measure.timing import time_calls
+from evit_jax.models.card import Preprocessing
+from evit_jax.runtime.parallel import DataParallel
+from evit_jax.training import optim, steps
+from evit_jax.training.mix import Mix
 
 PRODUCT_SECONDS = 0.01  # of the matrix product: starting it must not count
 LARGEST_SIDE = 16384  # of its matrices, for their memory

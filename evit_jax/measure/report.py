@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from evit_jax import report
+from evit_jax import tables
 from evit_jax.errors import InputError
-from evit_jax.tools.plotting import Line
+from evit_jax.pictures.plot import Line
 
 QUIET = 0.1  # largest variation of a quiet machine
 JUDGED = 4  # fewer rounds say nothing about it
@@ -189,7 +189,7 @@ def summary(figures: dict) -> str:
 def text(figures: dict) -> str:
     """For a terminal."""
     common, table = cells(figures["results"])
-    return "\n".join([common, report.table(table), summary(figures)])
+    return "\n".join([common, tables.table(table), summary(figures)])
 
 
 def markdown(figures: dict, warning: str) -> str:

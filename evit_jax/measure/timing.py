@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast: a clock for the training loop, and a comparison in which variants take turns."""
 
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -85,36 +84,3 @@ def await_result(name: str, result: object) -> None:
             "return some that stay"
         )
     jax.block_until_ready(leaves)
-
-
-class Clock:
-    """Images per second and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was counted so far."""
-        self.start, self.images, self.waited = time.perf_counter(), 0, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """The loop stands still for want of data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Something else than training goes on."""
-        start = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - start
-
-    def read(self) -> dict[str, float | None]:
-        """The figures for the log (None if nothing was counted), and starts again."""
-        seconds, images, waited = time.perf_counter() - self.start, self.images, self.waited
-        self.restart()
-        if not images:
-            return dict(images_per_second=None, data_wait=None)
-        return dict(images_per_second=images / seconds, data_wait=waited / seconds)

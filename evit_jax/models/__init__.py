@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError, check_name, check_names
-from evit_jax.models import hub, weight_files
-from evit_jax.models.pretrained import params_from_tensors
-from evit_jax.preprocessing import Preprocessing
-from evit_jax.reducers import Reducer, create_reducer
+from evit_jax.models.card import Preprocessing
+from evit_jax.reducers import create_reducer
+from evit_jax.tokens import Reducer
+from evit_jax.weights import files, hub
+from evit_jax.weights.names import params_from_tensors
 
 
 def backbones() -> dict:
@@ -119,7 +120,7 @@ def create_model(
 def load_params(weights: str, model, *, key: jax.Array, new_head: bool = False) -> dict:
     """Parameters for `model` from a file or the hub, see `create_model`."""
     path = hub.download(weights) if weights.startswith("hf:") else weights
-    tensors = weight_files.read_tensors(path)
+    tensors = files.read_tensors(path)
     if new_head:
         fresh = init_params(model, key)
     else:  # only shapes are looked at

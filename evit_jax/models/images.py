@@ -10,6 +10,7 @@ import numpy as np
 from evit_jax.data.augment import centre_crop, decode
 from evit_jax.errors import InputError
 from evit_jax.models import check_size, find_model, preprocessing
+from evit_jax.storage import read
 
 
 def preprocess(
@@ -49,10 +50,3 @@ def preprocess(
     if not views:
         raise InputError("there are no images to preprocess")
     return card.normalise(jax.numpy.asarray(np.stack(views)))
-
-
-def read(path: Path) -> bytes:
-    """A file's content."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
-    return path.read_bytes()

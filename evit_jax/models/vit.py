@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from evit_jax import flops
 from evit_jax.errors import InputError
-from evit_jax.models.layers import Block, dropout, fold, norm, weight_init
-from evit_jax.plan import Keep, check_layers, rate_within, token_counts, token_plan
-from evit_jax.preprocessing import IMAGENET, Preprocessing
-from evit_jax.reducers import Reducer, Tokens
+from evit_jax.models.block import Block
+from evit_jax.models.card import IMAGENET, Preprocessing
+from evit_jax.models.layers import dropout, fold, norm, weight_init
+from evit_jax.plan import flops
+from evit_jax.plan.counts import Keep, check_layers, rate_within, token_counts, token_plan
 from evit_jax.reducers.evit import EViT
+from evit_jax.tokens import Reducer, Tokens
 
 CPU_CACHE = 10_000_000  # bytes of activations that a CPU works on fast; found by trying
 
@@ -27,7 +28,7 @@ class ViT(nn.Module):
     """images (B, H, W, 3) -> (logits (B, num_classes) float32, out).
 
     `out` holds what a user may want besides; jit removes what is not returned from it:
-      owner          one (B, P) int32 per block that reduced, see `reducers.Tokens`
+      owner          one (B, P) int32 per block that reduced, see `tokens.Tokens`
       cls_attention  one (B, N) float32 per block: the class token's attention, mean over heads
       blocks         one (B, N, D) per block: the tokens after it
       size           (B, N) float32: original patches inside each final token

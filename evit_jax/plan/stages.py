@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from evit_jax.errors import InputError
-from evit_jax.plan import FIELDS, Keep, check_rate
+from evit_jax.plan.counts import FIELDS, Keep, check_rate
 
 
 class Stage(NamedTuple):

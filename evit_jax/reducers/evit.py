@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from evit_jax.reducers import Reducer, Signals, Tokens, destinations, drop, follow
+from evit_jax.tokens import Reducer, Signals, Tokens, destinations, drop, follow
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError
-from evit_jax.plan import Keep
-from evit_jax.reducers import Reducer, Signals, Tokens, follow
+from evit_jax.plan.counts import Keep
+from evit_jax.tokens import Reducer, Signals, Tokens, follow
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,12 +44,12 @@ from pathlib import Path
 
 from evit_jax import cli
 from evit_jax.errors import InputError, check_names
+from evit_jax.measure import report as tables
+from evit_jax.measure.comparison import PASSES, comparisons_of, measure
 from evit_jax.models import check_dtype
-from evit_jax.recorder import write_whole
+from evit_jax.pictures.plot import plot
 from evit_jax.spec import numbers, split_specs
-from evit_jax.tools import benchmark_report as tables
-from evit_jax.tools import plotting
-from evit_jax.tools.contests import PASSES, contests_of, measure
+from evit_jax.storage import write_whole
 
 
 def parse() -> argparse.Namespace:
@@ -92,7 +92,7 @@ def main() -> None:
     models = list(dict.fromkeys(split_specs(flags.model)))
     modes = words(flags.mode)
     check_names("mode", modes, PASSES)
-    contests = contests_of(
+    comparisons = comparisons_of(
         models,
         dtypes=[check_dtype(name) for name in words(flags.dtypes)],
         modes=modes,
@@ -103,14 +103,14 @@ def main() -> None:
     )
     top1 = tables.read_accuracies(flags.accuracies, models)
     timed = {
-        (contest.model, variant.reducer, variant.keep_rate)
-        for contest in contests
-        for variant in contest.variants
+        (comparison.model, variant.reducer, variant.keep_rate)
+        for comparison in comparisons
+        for variant in comparison.variants
     }
     if flags.accuracies and not any(key[1] != "dense" for key in timed & top1.keys()):
         raise InputError(f"--accuracies={flags.accuracies} has none of the variants to be timed")
 
-    rows, peaks = measure(contests, rounds=flags.rounds, seconds=flags.seconds)
+    rows, peaks = measure(comparisons, rounds=flags.rounds, seconds=flags.seconds)
     if not rows:
         raise InputError("no batch fits into the device's memory; try smaller --batch_sizes")
     for row in rows:
@@ -143,7 +143,7 @@ def main() -> None:
         write_whole(Path(flags.json), json.dumps(figures) + "\n")
     if flags.plot:
         names = ", ".join(dict.fromkeys(row["model"] for row in rows))
-        picture = plotting.plot(
+        picture = plot(
             tables.lines_of(rows),
             title=f"{names} on {figures['device']}",
             x_label="images per second",

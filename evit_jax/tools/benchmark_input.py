@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from evit_jax import cli, report
+from evit_jax import cli, tables
 from evit_jax.data import open_source
 from evit_jax.data.augment import random_box
 from evit_jax.data.loader import processors
@@ -142,7 +142,7 @@ def main() -> None:
     shown = [["variant", "images/s", "range"]]
     for name, row in results.items():
         shown.append([name, f"{row['median']:,.0f}", f"{row['lowest']:,.0f}-{row['highest']:,.0f}"])
-    print(report.table(shown), file=sys.stderr)
+    print(tables.table(shown), file=sys.stderr)
     ratio = figures(thread / loop)
     scaling = dict(threads=figures(threads / thread), workers=figures(workers / thread))
     print(json.dumps(dict(cores=cores, **settings, results=results, ratio=ratio, scaling=scaling)))

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from evit_jax import cli
-from evit_jax.checkpoint import Checkpoints
 from evit_jax.errors import InputError
 from evit_jax.models import build_model
-from evit_jax.models.pretrained import tensors_from_params, with_timm_names
-from evit_jax.models.weight_files import read_tensors, write_safetensors
+from evit_jax.training.checkpoint import Checkpoints
+from evit_jax.weights.files import read_tensors, write_safetensors
+from evit_jax.weights.names import tensors_from_params, with_timm_names
 
 
 def from_workdir(workdir: Path) -> dict[str, np.ndarray]:

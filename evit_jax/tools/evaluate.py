@@ -24,12 +24,13 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from evit_jax import cli, metrics, report, steps
+from evit_jax import cli, tables
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
 from evit_jax.models import create_model, preprocessing
-from evit_jax.parallel import DataParallel
+from evit_jax.runtime.parallel import DataParallel
 from evit_jax.spec import numbers
+from evit_jax.training import metrics, steps
 
 
 def arguments() -> argparse.Namespace:
@@ -145,14 +146,14 @@ def main() -> None:
             [
                 flags.reducer if rate is None else f"{rate:g}",
                 f"{multiple_of}",
-                report.runs(variant.tokens_per_block),
+                tables.runs(variant.tokens_per_block),
                 f"{100 * means['test_top1']:.2f} %",
                 f"{100 * means['test_top5']:.2f} %",
                 f"{means['test_loss']:.4f}",
                 f"{speed:,.0f}",
             ]
         )
-    print(report.table(shown), file=sys.stderr)
+    print(tables.table(shown), file=sys.stderr)
     print(json.dumps(dict(model=flags.model, dtype=flags.dtype, results=results)))
 
 

@@ -7,7 +7,7 @@ python -m evit_jax.tools.plan --model=deit_small_patch16_224 --latency_ms=50 --b
 
 --macs takes the largest keep rate whose plan costs no more than that for an image. --latency_ms
 compiles about ten plans, times them in turns on the first device and takes the one that keeps the
-most tokens of those whose median is within the budget. Both print the plans that they looked at,
+most tokens of those whose median is within the latency. Both print the plans that they looked at,
 beside the dense model. The last line of standard output is a JSON object: the plan, its figures,
 `argument`, which goes into create_model, and `config`, which goes behind train.py and a config
 whose own rate is unset, --config=FILE.py:keep_rate=None.
@@ -22,11 +22,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from evit_jax import budget, cli, report
+from evit_jax import cli, tables
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
+from evit_jax.measure import latency
 from evit_jax.models import build_model, init_params
-from evit_jax.plan import Keep
+from evit_jax.plan.counts import Keep
+from evit_jax.plan.flops import macs
 from evit_jax.spec import numbers
 
 
@@ -54,7 +55,7 @@ def plan_macs(model, flags: argparse.Namespace, layers: tuple[int, ...] | None):
     planned, dense = model.clone(keep=keep), model.clone(keep=())
     shown = [["", "tokens after each block", "GMACs"]]
     for name, variant in dict(dense=dense, planned=planned).items():
-        tokens = report.runs(variant.tokens_per_block)
+        tokens = tables.runs(variant.tokens_per_block)
         shown.append([name, tokens, f"{macs(variant) / 1e9:.5g}"])
     return planned, shown, {}
 
@@ -62,9 +63,9 @@ def plan_macs(model, flags: argparse.Namespace, layers: tuple[int, ...] | None):
 def plan_latency(model, flags: argparse.Namespace, layers: tuple[int, ...] | None):
     """The planned model, a table of all that were measured, and the figures in it."""
     params = init_params(model, jax.random.key(0))  # speed does not depend on their values
-    watch = budget.stopwatch(model, params, batch_size=flags.batch_size)
+    watch = latency.stopwatch(model, params, batch_size=flags.batch_size)
     compiled = set()
-    with tqdm(total=budget.PROGRAMS, unit="program", disable=None) as bar:
+    with tqdm(total=latency.PROGRAMS, unit="program", disable=None) as bar:
 
         def measure(keeps: Sequence[Keep]) -> Sequence[np.ndarray]:
             seconds = watch(keeps)
@@ -72,7 +73,7 @@ def plan_latency(model, flags: argparse.Namespace, layers: tuple[int, ...] | Non
             compiled.update(keeps)
             return seconds
 
-        planned, rows = budget.fit_latency(
+        planned, rows = latency.fit_latency(
             model,
             params,
             batch_size=flags.batch_size,
@@ -86,7 +87,7 @@ def plan_latency(model, flags: argparse.Namespace, layers: tuple[int, ...] | Non
         shown.append(
             [
                 f"{row.keep_rate:g}",
-                report.runs(row.tokens),
+                tables.runs(row.tokens),
                 f"{row.macs / 1e9:.4g}",
                 f"{row.milliseconds:.4g} ({row.lowest:.4g} to {row.highest:.4g})",
                 "planned" if row.keep == planned.keep else "",
@@ -116,7 +117,7 @@ def main() -> None:
     )
     make = plan_macs if flags.latency_ms is None else plan_latency
     planned, shown, figures = make(model, flags, layers)
-    print(report.table(shown), file=sys.stderr)
+    print(tables.table(shown), file=sys.stderr)
     counts = ",".join(map(str, planned.keep))
     answer = dict(
         model=flags.model,

@@ -25,10 +25,9 @@ from evit_jax import cli
 from evit_jax.data.augment import centre_crop, decode
 from evit_jax.errors import InputError
 from evit_jax.models import create_model, preprocessing
-from evit_jax.parallel import DataParallel
-from evit_jax.predict import read
-from evit_jax.recorder import write_whole
-from evit_jax.tools import drawing
+from evit_jax.pictures import patches
+from evit_jax.runtime.parallel import DataParallel
+from evit_jax.storage import read, write_whole
 
 MAX_PANELS = 6  # of reducing blocks; the figures on standard output are of all
 
@@ -112,28 +111,28 @@ def figures(seen: dict, path: Path, classes: list[str] | None) -> dict:
         best = int(seen[variant].argmax())
         label = classes[best] if classes else best
         row[variant] = {"class": label, "probability": float(seen[variant][best])}
-    states = [drawing.patch_states(owner) for owner in seen["owners"]]
+    states = [patches.patch_states(owner) for owner in seen["owners"]]
     for name in ("kept", "fused", "dropped"):
-        code = getattr(drawing, name.upper())
+        code = getattr(patches, name.upper())
         row[name] = [int((state == code).sum()) for state in states]
     return row
 
 
-def draw_row(view: Image.Image, seen: dict, row: dict, model, blocks: list[int]) -> drawing.Row:
+def draw_row(view: Image.Image, seen: dict, row: dict, model, blocks: list[int]) -> patches.Row:
     """The image, the attention, and the reducing blocks, evenly thinned out if there are many."""
-    cell = drawing.cell_size(model.image_size, model.grid)
-    base = drawing.base_panel(view, model.grid, cell)
-    panels = [base, drawing.attention_panel(base, seen["attention"], model.grid, cell)]
+    cell = patches.cell_size(model.image_size, model.grid)
+    base = patches.base_panel(view, model.grid, cell)
+    panels = [base, patches.attention_panel(base, seen["attention"], model.grid, cell)]
     labels = [Path(row["image"]).name, f"class attention, block {blocks[0]}"]
     count = min(len(blocks), MAX_PANELS)
     for i in sorted({round(i) for i in np.linspace(len(blocks) - 1, 0, count)}):
-        panels.append(drawing.patches_panel(base, seen["owners"][i], model.grid, cell))
+        panels.append(patches.patches_panel(base, seen["owners"][i], model.grid, cell))
         labels.append(f"block {blocks[i]}: {row['kept'][i]} of {model.patches}")
     said = (
         f"{variant}: {row[variant]['class']}  {row[variant]['probability']:.1%}"
         for variant in ("dense", "reduced")
     )
-    return drawing.Row(panels, labels, "  |  ".join(said))
+    return patches.Row(panels, labels, "  |  ".join(said))
 
 
 def write_png(path: Path, image: Image.Image) -> None:
@@ -171,11 +170,11 @@ def visualize(options: argparse.Namespace) -> dict:
     if options.keep_rate is not None:
         title.append(f"keep rate {options.keep_rate:g}")
     states = {
-        getattr(drawing, name.upper())
+        getattr(patches, name.upper())
         for name in ("kept", "fused", "dropped")
         if any(any(row[name]) for row in images)
     }
-    write_png(options.out, drawing.page(rows, ", ".join(title), states))
+    write_png(options.out, patches.page(rows, ", ".join(title), states))
     return dict(out=str(options.out), blocks=blocks, patches=model.patches, images=images)
 
 

@@ -7,109 +7,13 @@ broken_batch.json  only after a loss that was not finite: its step and its image
 tensorboard/   the same scalars, where the extra `tensorboard` is installed
 """
 
-import contextlib
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
-from evit_jax import report
-from evit_jax.errors import InputError
-
-# What may differ when a run is resumed: it changes where things are and how fast, and how often
-# something is shown; of the result only rounding.
-FREE = ("run.", "data.dir", "data.cache", "model.remat", "dry_run")
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
-def claim(workdir: Path, config: dict, *, write: bool = True) -> None:
-    """Makes `workdir` the folder of the run with this recipe, or checks that it is.
-
-    Of several processes one does the writing; all of them check.
-
-    Raises:
-      InputError: it belongs to a run with another recipe; the text shows the difference.
-    """
-    path = workdir / "config.json"
-    if write:
-        workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if not write:
-            return
-        if (workdir / "checkpoints").exists():
-            raise InputError(f"{workdir} has checkpoints but no config.json; use another workdir")
-        write_whole(path, json.dumps(config, indent=2) + "\n")
-        return
-    try:
-        there = flatten(json.loads(path.read_text()))
-    except ValueError:
-        raise InputError(f"{path} is damaged; use another workdir, or remove that file") from None
-    here = flatten(json.loads(json.dumps(config)))
-    differences = [
-        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-        for key in sorted(there | here)
-        if there.get(key) != here.get(key) and not key.startswith(FREE)
-    ]
-    if not any(saved.name.isdigit() for saved in (workdir / "checkpoints").glob("*")):
-        if write:  # nothing to lose yet
-            write_whole(path, json.dumps(config, indent=2) + "\n")
-    elif differences:
-        raise InputError(
-            f"{workdir} belongs to a run with another configuration: {'; '.join(differences)}; "
-            "use another --workdir, or the same settings to resume"
-        )
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is never seen half written, whatever kills the process."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def broken(
-    workdir: Path,
-    step: int,
-    figures: dict[str, float],
-    indices: list[int],
-    latest: int | None,
-    host: int = 0,
-) -> InputError:
-    """What to tell the user, and to keep in the workdir, when a step's figures are not finite.
-
-    Args:
-      host: this process's number; each keeps its own images.
-      indices: places of the step's images in the training data, of this process.
-      latest: step of the latest checkpoint.
-    """
-    path = workdir / (f"broken_batch_{host}.json" if host else "broken_batch.json")
-    with contextlib.suppress(OSError):  # a full disk must not hide the message
-        write_whole(path, json.dumps(dict(step=step, indices=indices)) + "\n")
-    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-    kept = "there is no checkpoint yet"
-    if latest is not None:
-        kept = f"the last good checkpoint is that of step {latest}"
-    said = ", ".join(f"{name} {value}" for name, value in figures.items())
-    return InputError(
-        f"step {step} is not finite ({said}); {kept}; its images are number {shown} of the "
-        f"training data (all of them in {path}); start again in another workdir with a lower "
-        "--config.optimizer.lr or with --config.optimizer.clip_norm=1"
-    )
+from evit_jax.storage import write_whole
+from evit_jax.training import report
 
 
 class Recorder:

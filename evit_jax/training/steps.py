@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from evit_jax import losses, metrics
-from evit_jax.mix import Mix
-from evit_jax.preprocessing import Preprocessing
+from evit_jax.models.card import Preprocessing
+from evit_jax.training import losses, metrics
+from evit_jax.training.mix import Mix
 
 State = dict
 Batch = dict[str, jax.Array]

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from evit_jax.errors import InputError
-from evit_jax.losses import Distillation
 from evit_jax.models import build_model, load_params, preprocessing
-from evit_jax.preprocessing import Preprocessing
+from evit_jax.models.card import Preprocessing
+from evit_jax.training.losses import Distillation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from evit_jax.errors import InputError
-from evit_jax.models.torch_pickle import MAX_DIMENSIONS, Machine, Refused, Tensor
+from evit_jax.weights.torch_pickle import MAX_DIMENSIONS, Machine, Refused, Tensor
 
 MAX_DIRECTORY = 16 << 20  # bytes of a zip file's directory; a thousand tensors need 100 KB
 MAX_UNPACKED = 16 << 30

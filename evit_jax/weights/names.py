@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evit_jax.errors import InputError
-from evit_jax.models.positions import resize_positions
+from evit_jax.weights.positions import resize_positions
 
 Tensors = dict[str, np.ndarray]
 

@@ -10,7 +10,8 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
-from evit_jax.reducers import Signals, Tokens, create_reducer, follow, known_reducers
+from evit_jax.reducers import create_reducer, known_reducers
+from evit_jax.tokens import Signals, Tokens, follow
 
 BATCH, PATCHES, WIDTH = 3, 12, 5
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from evit_jax.data.augment import random_box, random_resized_crop
 
-TIMM = np.load(pathlib.Path(__file__).parent / "fixtures/augment/crop.npz")
+TIMM = np.load(pathlib.Path(__file__).parents[1] / "fixtures/augment/crop.npz")
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 

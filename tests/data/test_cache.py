@@ -10,7 +10,7 @@ import pytest
 from evit_jax.data import cache, open_source
 from evit_jax.data.cache import Cached, available_memory
 from evit_jax.errors import InputError
-from tests.test_sources import jpeg, make_folder
+from tests.data.test_sources import jpeg, make_folder
 
 
 class Counting:

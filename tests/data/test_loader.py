@@ -41,7 +41,7 @@ def test_worker_processes_heed_no_signals_but_end_with_the_main_process():
     program = """
 import multiprocessing
 from evit_jax.data.loader import Part, prepare
-from tests.test_loader import example
+from tests.data.test_loader import example
 batches = prepare(Part(example, 2), 10**9, 1, 1)
 next(batches)
 print(multiprocessing.active_children()[0].pid, flush=True)

@@ -14,7 +14,7 @@ from evit_jax.data.order import Order
 from evit_jax.data.pipeline import eval_batches, train_batches
 from evit_jax.data.randaugment import color_jitter, rand_augment
 from evit_jax.errors import InputError
-from tests.test_sources import jpeg, make_folder
+from tests.data.test_sources import jpeg, make_folder
 
 VIEW = dict(size=(16, 16), interpolation="bicubic")
 PLAIN = dict(randaugment_magnitude=0, randaugment_std=0.5, randaugment_layers=2, color_jitter=0)
@@ -187,7 +187,7 @@ def test_a_damaged_image_stops_the_run_and_is_named(workers, partly_damaged):
 def test_an_error_of_a_worker_process_is_one_line_on_a_terminal(partly_damaged):
     program = f"""
 from evit_jax import cli
-from tests.test_pipeline import evaluate, open_source
+from tests.data.test_pipeline import evaluate, open_source
 source = open_source("folder", "test", {str(partly_damaged)!r})
 cli.guard(lambda: evaluate(source, batch_size=1, workers=2))
 """

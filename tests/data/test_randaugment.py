@@ -8,7 +8,7 @@ from PIL import Image
 from evit_jax.data import randaugment
 from evit_jax.data.randaugment import FILTERS, OPERATIONS, color_jitter, jitter, rand_augment
 
-TIMM = np.load(pathlib.Path(__file__).parent / "fixtures/augment/timm.npz")
+TIMM = np.load(pathlib.Path(__file__).parents[1] / "fixtures/augment/timm.npz")
 PHOTO = Image.fromarray(TIMM["photo"])
 FILL = tuple(TIMM["fill"].tolist())
 RECIPE = dict(magnitude=9, std=0.5, layers=2, fill=FILL, interpolation="bicubic")

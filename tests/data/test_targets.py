@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 
-from evit_jax.data.logits import Logits
+from evit_jax.data.targets import Logits
 
 
 @pytest.fixture

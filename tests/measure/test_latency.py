@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from evit_jax.budget import MOST, PROGRAMS, RATES, first_true, fit_latency, stopwatch
 from evit_jax.errors import InputError
+from evit_jax.measure.latency import MOST, PROGRAMS, RATES, first_true, fit_latency, stopwatch
 from evit_jax.models import build_model, init_params
 from evit_jax.reducers.evit import EViT
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.tools.benchmark_report import (
+from evit_jax.measure.report import (
     judge,
     lines_of,
     markdown,
@@ -20,7 +20,7 @@ from evit_jax.tools.benchmark_report import (
 
 
 def row(reducer="dense", keep_rate=1.0, *, speed=100.0, top1=None, macs=4e9, **changes):
-    """A row of `contests.rows_of`, with what the tool adds."""
+    """A row of `comparison.rows_of`, with what the tool adds."""
     figures = dict(
         model="deit", reducer=reducer, keep_rate=keep_rate, batch_size=8, dtype="float32",
         mode="inference", images_per_second=speed, images_per_second_range=[speed - 1, speed + 2],

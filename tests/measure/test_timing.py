@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.timing import Clock, take_turns, time_calls
+from evit_jax.measure.timing import take_turns, time_calls
+from evit_jax.training.clock import Clock
 
 
 def sleeper(name, seconds, calls):

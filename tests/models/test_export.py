@@ -8,9 +8,9 @@ import pytest
 from jax import export
 
 from configs import evit_deit
-from evit_jax import optim, steps
-from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params, preprocessing
+from evit_jax.training import optim, steps
+from evit_jax.training.mix import Mix
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evit_jax.models.layers import Attention, dropout, gelu, key_weights, softmax_weights
+from evit_jax.models.attention import Attention, key_weights, softmax_weights
+from evit_jax.models.layers import dropout, gelu
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 7, 2, 8
 

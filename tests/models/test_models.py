@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import evit_jax
-from evit_jax import report
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
 from evit_jax.models import backbones, build_model, create_model, init_params, preprocessing
-from evit_jax.preprocessing import IMAGENET
+from evit_jax.models.card import IMAGENET
+from evit_jax.plan.flops import macs
+from evit_jax.training import report
 
 SMALL = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=4, num_classes=10)
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from evit_jax.losses import cross_entropy
 from evit_jax.models import create_model
-from evit_jax.models.pretrained import tensors_from_params
-from evit_jax.models.weight_files import read_tensors, write_safetensors
+from evit_jax.training.losses import cross_entropy
+from evit_jax.weights.files import read_tensors, write_safetensors
+from evit_jax.weights.names import tensors_from_params
 
-FOLDER = Path(__file__).parent / "fixtures" / "reference"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "reference"
 CASES = [
     (path.stem, case["name"])
     for path in sorted(FOLDER.glob("*.json"))
@@ -126,7 +126,7 @@ def test_the_gradient_of_every_weight_agrees(name, case, trip):
 
 @pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[1] == "larger_image"])
 def test_the_gradient_of_resized_positions_agrees_in_the_stored_table(name, case):
-    from evit_jax.models.positions import resize_positions
+    from evit_jax.weights.positions import resize_positions
 
     model, params, expected, _ = computed(name, case)
     stored = read_tensors(FOLDER / f"{name}.weights.safetensors")["pos_embed"]

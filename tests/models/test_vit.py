@@ -3,8 +3,8 @@ import jax
 import numpy as np
 import pytest
 
-from evit_jax import steps
 from evit_jax.models import build_model, init_params, vit
+from evit_jax.training import steps
 
 SIZES = dict(image_size=24, patch_size=6, width=16, depth=4, num_heads=2, num_classes=5)
 IMAGES = np.random.default_rng(0).normal(size=(12, 24, 24, 3)).astype(np.float32)

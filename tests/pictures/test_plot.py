@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from evit_jax.tools.plotting import COLOURS, GRID, SIZE, Line, axis_of, free_box, place, plot
+from evit_jax.pictures.plot import COLOURS, GRID, SIZE, Line, axis_of, free_box, place, plot
 
 LABELS = dict(title="deit on a device", x_label="images per second", y_label="top-1 accuracy, %")
 

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.plan import quarter_layers, rate_within, round_up, token_counts, token_plan
+from evit_jax.plan.counts import quarter_layers, rate_within, round_up, token_counts, token_plan
 
 FUSED = {
     0.9: (178, 162, 147),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from evit_jax.flops import logit_macs, macs
 from evit_jax.models import build_model
+from evit_jax.plan.flops import logit_macs, macs
 
 # GMACs computed by hand from the formula of the papers at the reference code's token counts.
 EXACT = {

@@ -6,8 +6,8 @@ import pytest
 from configs import common
 from evit_jax.errors import InputError
 from evit_jax.models import build_model
-from evit_jax.plan import token_plan
-from evit_jax.timetable import completes, open_table, sandwich, stage_at, stages, variants
+from evit_jax.plan.counts import token_plan
+from evit_jax.plan.stages import completes, open_table, sandwich, stage_at, stages, variants
 
 SIZES = dict(image_size=(16, 16), patch_size=4, width=8, depth=3, num_heads=2, num_classes=3)
 

@@ -6,9 +6,10 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
-from evit_jax.reducers import Signals, Tokens, create_reducer, unmerge
-from evit_jax.timetable import stages
-from tests.test_reducers import BATCH, PATCHES, example
+from evit_jax.plan.stages import stages
+from evit_jax.reducers import create_reducer
+from evit_jax.tokens import Signals, Tokens, unmerge
+from tests.contracts.test_reducers import BATCH, PATCHES, example
 
 
 def by_hand(x, size, keys, prefix, removed):

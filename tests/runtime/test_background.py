@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from evit_jax.background import Prefetch, Programs
+from evit_jax.runtime.background import Prefetch, Programs
 
 
 def test_programs_are_compiled_in_the_background_and_once():

@@ -10,16 +10,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from evit_jax import compilation_cache
-from evit_jax.compilation_cache import private_folder, tidy, turn_on
+from evit_jax.runtime import compilation_cache
+from evit_jax.runtime.compilation_cache import private_folder, tidy, turn_on
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Prints how often JAX found a program or kept a new one, and the results of two, compiled ahead
 # and at the first call.
 PROGRAM = """
 import collections, jax, jax.numpy as jnp
 from evit_jax import cli
-from evit_jax.parallel import DataParallel
+from evit_jax.runtime.parallel import DataParallel
 
 def step(state, batch, frozen):
     noise = jax.random.normal(jax.random.key(3), (8, 64))

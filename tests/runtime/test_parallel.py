@@ -10,18 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from evit_jax import steps
-from evit_jax.checkpoint import Checkpoints
 from evit_jax.errors import InputError
-from evit_jax.losses import Distillation
-from evit_jax.mix import Mix
-from evit_jax.parallel import DataParallel, PmapParallel, choose, start_processes
-from tests.test_steps import BATCH, CARD, MODEL, make_batch, make_step
-from tests.test_steps import init as init_small
-from tests.whole_recipe import MODEL as WHOLE_MODEL
-from tests.whole_recipe import OPTIMIZER, follow, init
+from evit_jax.runtime.parallel import DataParallel, PmapParallel, choose
+from evit_jax.runtime.processes import start_processes
+from evit_jax.training import steps
+from evit_jax.training.checkpoint import Checkpoints
+from evit_jax.training.losses import Distillation
+from evit_jax.training.mix import Mix
+from tests.scripts.whole_recipe import MODEL as WHOLE_MODEL
+from tests.scripts.whole_recipe import OPTIMIZER, follow, init
+from tests.training.test_steps import BATCH, CARD, MODEL, make_batch, make_step
+from tests.training.test_steps import init as init_small
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODES = {
     "jit on one device": lambda: DataParallel(jax.devices()[:1]),
     "jit": DataParallel,
@@ -76,7 +77,8 @@ def test_two_processes_of_two_devices_are_one_run(mode, alone, tmp_path):
     out = tmp_path / "out.npz"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.whole_recipe", mode, "2", f"{address},2,{number}", out],
+            [sys.executable, "-m", "tests.scripts.whole_recipe", mode, "2", f"{address},2,{number}",
+             out],
             cwd=ROOT, env=os.environ | dict(JAX_NUM_CPU_DEVICES="2"), stderr=subprocess.PIPE,
         )
         for number in range(2)

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.test_parallel import free_address
-from tests.test_sources import make_folder
+from tests.data.test_sources import make_folder
+from tests.runtime.test_parallel import free_address
 from tests.test_train import DIGITS, figures, rest_of, start, train, wait_for
 
 

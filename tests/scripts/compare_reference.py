@@ -2,7 +2,7 @@
 """Images per second beside the official PyTorch EViT, on the same machine.
 
 git clone https://github.com/youweiliang/evit
-python -m tests.compare_reference --reference=evit --python=TORCH_ENVIRONMENT/bin/python \\
+python -m tests.scripts.compare_reference --reference=evit --python=TORCH_ENVIRONMENT/bin/python \\
     [--batch_sizes=1,8,32] [--keep_rates=1,0.7] [--training] [--rounds=9]
 
 Each side has a process of its own and waits while the other has its turn of several warm calls: in
@@ -59,11 +59,11 @@ def ours(folder: str, *, keep_rate: float, batch_size: int, training: bool):
     del folder
     import jax
 
+    from evit_jax.measure import comparison
     from evit_jax.models import init_params
-    from evit_jax.parallel import DataParallel
-    from evit_jax.tools import contests
+    from evit_jax.runtime.parallel import DataParallel
 
-    contest = contests.contests_of(
+    one = comparison.comparisons_of(
         ["deit_small_patch16_224"],
         dtypes=[np.dtype("float32")],
         modes=["training" if training else "inference"],
@@ -72,11 +72,11 @@ def ours(folder: str, *, keep_rate: float, batch_size: int, training: bool):
         keep_rates=(keep_rate,),
         image_size=(),
     )[0]
-    variant = contest.variants[-1]
-    contest = dataclasses.replace(contest, variants=[variant])
+    variant = one.variants[-1]
+    one = dataclasses.replace(one, variants=[variant])
     devices = DataParallel(jax.devices()[:1])
     params = devices.init(functools.partial(init_params, variant.model), jax.random.key(0))
-    programs = contests.compile_all(contest, params, devices, lambda text: None)
+    programs = comparison.compile_all(one, params, devices, lambda text: None)
     program = programs[variant.name]
     return lambda: jax.block_until_ready(program.call())
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damages the fixtures in thousands of ways; each file must be read or refused, and cheaply.
 
-python -m tests.fuzz_weight_files --count=20000 --seed=0
+python -m tests.scripts.fuzz_weight_files --count=20000 --seed=0
 """
 
 import argparse
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from evit_jax.errors import InputError
-from evit_jax.models.weight_files import read_tensors
+from evit_jax.weights.files import read_tensors
 
-FOLDER = Path(__file__).parent / "fixtures" / "torch"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "torch"
 FILES = sorted(path for path in FOLDER.iterdir() if path.suffix in {".pth", ".pt", ".bin", ".npz"})
 FILES += sorted(FOLDER.glob("*.safetensors"))
 EXTREMES = [0, 1, 2, 0x7F, 0xFF, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.models.weight_files import read_tensors
+from evit_jax.weights.files import read_tensors
 
 
 def refused(path, text):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills real runs at random moments and compares what they end with to a run left alone.
 
-    python -m tests.kill_runs --count=20 [--signal=TERM] [--seed=0] [-- ARGUMENTS OF train.py]
+python -m tests.scripts.kill_runs --count=20 [--signal=TERM] [--seed=0] [-- FLAGS]
+
+FLAGS are those of train.py.
 
 Every run is killed once, at a time drawn uniformly between its first line and the undisturbed run's
 end, and started again. All results, weights and figures but times, have to be bit-identical in the
@@ -23,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from evit_jax.checkpoint import Checkpoints
+from evit_jax.training.checkpoint import Checkpoints
 from tests.test_train import DIGITS, OFTEN, rest_of, same_results, start, wait_for
 
 

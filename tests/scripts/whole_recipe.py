@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Twenty steps with everything on that draws at random, however devices and processes share them.
 
-python -m tests.whole_recipe MODE ACCUMULATE PROCESSES OUT.npz   is one process of several
-JAX_NUM_CPU_DEVICES=4 python -m tests.whole_recipe   prints how far modes and micro-batches differ
+python -m tests.scripts.whole_recipe MODE ACCUMULATE PROCESSES OUT.npz     is one process of several
+JAX_NUM_CPU_DEVICES=4 python -m tests.scripts.whole_recipe     prints how far modes differ
 """
 
 import contextlib
@@ -12,11 +12,12 @@ import sys
 import jax
 import numpy as np
 
-from evit_jax import optim, parallel, steps
 from evit_jax.data import open_source, pipeline
-from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params
-from evit_jax.preprocessing import Preprocessing
+from evit_jax.models.card import Preprocessing
+from evit_jax.runtime import parallel
+from evit_jax.training import optim, steps
+from evit_jax.training.mix import Mix
 
 BATCH, STEPS, B1 = 32, 20, 0.9
 MODEL = build_model(
@@ -95,7 +96,7 @@ if __name__ == "__main__" and len(sys.argv) == 1:
     compare()
 elif __name__ == "__main__":
     mode, accumulate, processes, out = sys.argv[1:]
-    parallel.start_processes(processes)
+    processes.start_processes(processes)
     losses, grads, _ = follow(parallel.choose(mode), accumulate=int(accumulate))
     if jax.process_index() == 0:
         np.savez(out, losses=losses, grads=grads)

@@ -5,7 +5,7 @@ import io
 
 import tensorflow_datasets as tfds
 
-from tests.test_sources import jpeg
+from tests.data.test_sources import jpeg
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):

@@ -13,22 +13,23 @@ import pytest
 from PIL import Image
 
 from evit_jax.errors import InputError
-from evit_jax.flops import logit_macs, macs
+from evit_jax.measure import comparison, programs
 from evit_jax.models import build_model, init_params, preprocessing
-from evit_jax.parallel import DataParallel
-from evit_jax.tools import benchmark, contests, measuring
-from tests.test_evaluate import tool
+from evit_jax.plan.flops import logit_macs, macs
+from evit_jax.runtime.parallel import DataParallel
+from evit_jax.tools import benchmark
+from tests.tools.test_evaluate import tool
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=1, num_heads=2, num_classes=5)
 TINY = "vit:" + ",".join(f"{name}={value}" for name, value in SIZES.items())
 
 
-def contests_of(**changes):
+def comparisons_of(**changes):
     settings = dict(
         dtypes=[jnp.dtype("float32")], modes=["inference"], batch_sizes=(2,), reducers=["evit"],
         keep_rates=(0.5,), image_size=(),
     )  # fmt: skip
-    return contests.contests_of([TINY], **settings | changes)
+    return comparison.comparisons_of([TINY], **settings | changes)
 
 
 def test_the_tool_reports_all_combinations_and_dense_unasked(tmp_path):
@@ -80,17 +81,17 @@ def test_the_tool_reports_all_combinations_and_dense_unasked(tmp_path):
 
 
 def test_a_speed_up_is_the_median_over_rounds_and_flops_count_the_backward_pass():
-    contest = contests_of(modes=["training"], batch_sizes=(4,))[0]
-    program = measuring.Program(lambda: None, 1.5, 100, None)
+    one = comparisons_of(modes=["training"], batch_sizes=(4,))[0]
+    program = programs.Program(lambda: None, 1.5, 100, None)
     seconds = {"dense": np.array([1.0, 2, 10]), "evit 0.5": np.array([0.5, 2, 2])}
     awaited = {name: 2 * values for name, values in seconds.items()}
-    programs = dict.fromkeys(seconds, program)
-    dense, evit = contests.rows_of(contest, programs, awaited, seconds)
+    compiled = dict.fromkeys(seconds, program)
+    dense, evit = comparison.rows_of(one, compiled, awaited, seconds)
     assert (dense["speedup"], evit["speedup"]) == (1, 2)  # of 2, 1 and 5
     assert evit["speedup_range"] == [1, 5]
     assert evit["images_per_second_range"] == [2, 8]
     assert (evit["images_per_second"], evit["latency_ms"]) == (2, 4000)
-    assert evit["flops"] == 4 * 3 * 2 * logit_macs(contest.variants[1].model)
+    assert evit["flops"] == 4 * 3 * 2 * logit_macs(one.variants[1].model)
     assert evit["flops_per_second"] == evit["flops"] / 2
     assert (evit["compile_seconds"], evit["xla_flops"]) == (1.5, None)
 
@@ -101,13 +102,13 @@ def test_inference_returns_the_models_logits_with_weights_in_the_compute_dtype()
     params = devices.init(lambda key: init_params(model, key), jax.random.key(0))
     images = devices.init(lambda key: jax.random.normal(key, (2, 16, 16, 3)), jax.random.key(1))
     expected, _ = jax.jit(model.apply)({"params": params}, images)
-    program = measuring.inference(model, params, images, devices)
+    program = programs.inference(model, params, images, devices)
     np.testing.assert_allclose(program.call(), expected, atol=1e-5)
     assert program.peak_memory_bytes > 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
-    half = measuring.cast(params, jnp.dtype("bfloat16"), devices)
+    half = programs.cast(params, jnp.dtype("bfloat16"), devices)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
-    low = measuring.inference(model.clone(dtype=jnp.bfloat16), half, images, devices)
+    low = programs.inference(model.clone(dtype=jnp.bfloat16), half, images, devices)
     assert low.call().dtype == jnp.float32  # the head's
     np.testing.assert_allclose(low.call(), expected, atol=0.05)
 
@@ -117,25 +118,25 @@ def test_training_is_the_real_step_and_hands_one_state_on():
     dense = build_model("vit", **SIZES | dict(depth=2))  # reducing in the last block saves nothing
     params = devices.init(lambda key: init_params(dense, key), jax.random.key(0))
     before = jax.tree.map(np.asarray, params)
-    batch = measuring.synthetic_batch(dense.image_size, 2, dense.num_classes, devices)
+    batch = programs.synthetic_batch(dense.image_size, 2, dense.num_classes, devices)
     assert (batch["image"].dtype, batch["image"].shape) == (jnp.uint8, (2, 16, 16, 3))
-    training = measuring.Training(params, preprocessing("vit"), batch, devices)
+    training = programs.Training(params, preprocessing("vit"), batch, devices)
     reduced = dense.clone(keep=dense.plan(keep_rate=0.5))
-    programs = [training.program(model) for model in (dense, reduced)]
-    for program in programs * 2:
+    steps = [training.program(model) for model in (dense, reduced)]
+    for program in steps * 2:
         assert np.isfinite(program.call()["loss"])
     assert training.state["step"] == 4
     changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, training.state["params"])
     assert max(jax.tree.leaves(changes)) > 0
     jax.tree.map(np.testing.assert_array_equal, before, params)  # for the next batch size
-    assert programs[0].xla_flops > programs[1].xla_flops
+    assert steps[0].xla_flops > steps[1].xla_flops
 
 
 def test_all_modes_and_dtypes_are_measured_on_the_same_parameters():
-    held = contests_of(
+    held = comparisons_of(
         modes=["inference", "training"], dtypes=[jnp.dtype("bfloat16")], keep_rates=(1,)
     )
-    rows, peaks = contests.measure(held, rounds=2, seconds=0.001)
+    rows, peaks = comparison.measure(held, rounds=2, seconds=0.001)
     assert [row["mode"] for row in rows] == ["inference", "training"]
     assert {row["dtype"] for row in rows} == {"bfloat16"}
     assert rows[1]["flops"] == 3 * rows[0]["flops"]
@@ -145,16 +146,16 @@ def test_all_modes_and_dtypes_are_measured_on_the_same_parameters():
 
 
 def test_what_does_not_fit_into_memory_is_skipped(monkeypatch, capsys):
-    compile_all = contests.compile_all
+    compile_all = comparison.compile_all
 
-    def limited(contest, *args):
-        if contest.batch_size > 1:
+    def limited(one, *args):
+        if one.batch_size > 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return compile_all(contest, *args)
+        return compile_all(one, *args)
 
-    monkeypatch.setattr(contests, "compile_all", limited)
-    held = contests_of(batch_sizes=(4, 1), keep_rates=(1,))
-    rows, peaks = contests.measure(held, rounds=1, seconds=0.001)
+    monkeypatch.setattr(comparison, "compile_all", limited)
+    held = comparisons_of(batch_sizes=(4, 1), keep_rates=(1,))
+    rows, peaks = comparison.measure(held, rounds=1, seconds=0.001)
     assert [row["batch_size"] for row in rows] == [1]
     assert peaks["float32"].shape == (1, 1)
     assert "with batch size 4 in inference needs more memory" in capsys.readouterr().err
@@ -171,21 +172,26 @@ def test_programs_kept_on_disk_do_not_shorten_compiling():
         return set(folder.glob("jit_only_compiled_here-*"))
 
     before = compiled(3.5)
-    with measuring.without_program_cache():
+    with programs.without_program_cache():
         assert compiled(4.5) == before
     assert compiled(5.5) > before
 
 
 def test_reducers_with_a_schedule_take_no_keep_rate():
-    variants = contests.variants_of(
+    variants = comparison.variants_of(
         TINY, reducers=["evit", "evit:fuse=False", "tome:r=2"], keep_rates=(1, 0.7, 0.5)
     )
     assert [variant.name for variant in variants] == [
         "dense", "evit 0.7", "evit 0.5", "evit:fuse=False 0.7", "evit:fuse=False 0.5", "tome:r=2"
     ]  # fmt: skip
     assert [variant.model.tokens_per_block[0] for variant in variants] == [17, 14, 10, 13, 9, 15]
-    assert [v.name for v in contests.variants_of(TINY, reducers=["evit"])] == ["dense", "evit 0.7"]
-    named = contests.variants_of("deit_tiny_patch16_224", reducers=["tome:r=13"], image_size=(64,))
+    assert [v.name for v in comparison.variants_of(TINY, reducers=["evit"])] == [
+        "dense",
+        "evit 0.7",
+    ]
+    named = comparison.variants_of(
+        "deit_tiny_patch16_224", reducers=["tome:r=13"], image_size=(64,)
+    )
     assert [variant.model.image_size for variant in named] == [(64, 64)] * 2
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from evit_jax.data import open_source
 from evit_jax.tools.benchmark_input import images_per_second, pipeline_batches, plain_batches
-from tests.test_evaluate import tool
+from tests.tools.test_evaluate import tool
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import evit_jax
-from evit_jax.checkpoint import Checkpoints
 from evit_jax.data import open_source
 from evit_jax.data.augment import decode
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
-from evit_jax.models.pretrained import tensors_from_params
-from tests.test_sources import make_folder
+from evit_jax.training.checkpoint import Checkpoints
+from evit_jax.weights.names import tensors_from_params
+from tests.data.test_sources import make_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAME = "deit_tiny_patch16_224"
 
 

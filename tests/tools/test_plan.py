@@ -6,10 +6,10 @@ import json
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.flops import macs
 from evit_jax.models import build_model
+from evit_jax.plan.flops import macs
 from evit_jax.tools import plan
-from tests.test_evaluate import tool
+from tests.tools.test_evaluate import tool
 
 SMALL = "deit_small_patch16_224"
 TINY = ["--model=deit_tiny_patch16_224", "--image_size=32"]

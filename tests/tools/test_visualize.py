@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 from evit_jax.models import create_model, vit
-from evit_jax.models.pretrained import tensors_from_params
-from evit_jax.models.weight_files import write_safetensors
-from evit_jax.predict import preprocess
-from evit_jax.preprocessing import Preprocessing
-from evit_jax.reducers import Signals, Tokens
+from evit_jax.models.card import Preprocessing
+from evit_jax.models.images import preprocess
+from evit_jax.pictures import patches
+from evit_jax.pictures.patches import DROPPED, FUSED, KEPT, patch_states
 from evit_jax.reducers.evit import EViT
-from evit_jax.tools import drawing, visualize
-from evit_jax.tools.drawing import DROPPED, FUSED, KEPT, patch_states
+from evit_jax.tokens import Signals, Tokens
+from evit_jax.tools import visualize
+from evit_jax.weights.files import write_safetensors
+from evit_jax.weights.names import tensors_from_params
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=4, num_classes=10)
 GRID, CELL = (2, 3), (4, 5)
@@ -93,7 +94,7 @@ def test_every_token_of_several_patches_is_fused_as_merging_makes_many():
 def panel_and_cells(owner):
     """A grey-free base, the panel drawn over it, and the pixels of both by patch."""
     base = np.random.default_rng(0).integers(0, 256, (8, 15, 3), dtype=np.uint8)
-    panel = drawing.patches_panel(base, np.array(owner), GRID, CELL)
+    panel = patches.patches_panel(base, np.array(owner), GRID, CELL)
 
     def by_patch(array):
         return array.reshape(2, 4, 3, 5, 3).swapaxes(1, 2).reshape(6, 4, 5, 3)
@@ -111,7 +112,7 @@ def test_kept_patches_are_untouched_dropped_ones_dark_and_fused_ones_tinted():
 
 def test_a_line_is_around_every_token_and_none_within():
     _, panel = panel_and_cells([0, 1, 0, 2, 2, 1])
-    line = (panel == drawing.TINT).all(-1)
+    line = (panel == patches.TINT).all(-1)
     assert line[3, :, 0].all()
     assert not line[3, 1:-1, -1].any()  # 3 and 4 are one token
     assert not line[4, 1:-1, 0].any()
@@ -123,9 +124,9 @@ def test_a_line_is_around_every_token_and_none_within():
 def test_attention_is_brighter_where_there_is_more_of_it():
     base = np.full((8, 15, 3), 128, np.uint8)
     attention = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    panel = drawing.attention_panel(base, attention, GRID, CELL)
+    panel = patches.attention_panel(base, attention, GRID, CELL)
     assert (np.diff(panel[::4, ::5].sum(-1, dtype=int).reshape(-1)) > 0).all()
-    assert (drawing.attention_panel(base, 0 * attention, GRID, CELL) < 5).all()
+    assert (patches.attention_panel(base, 0 * attention, GRID, CELL) < 5).all()
 
 
 @pytest.mark.parametrize(
@@ -137,8 +138,8 @@ def test_attention_is_brighter_where_there_is_more_of_it():
     ],
 )
 def test_panels_have_whole_cells_and_the_aspect_of_the_image(size, grid, cell):
-    assert drawing.cell_size(size, grid) == cell
-    assert drawing.base_panel(Image.new("RGB", size[::-1]), grid, cell).shape == (
+    assert patches.cell_size(size, grid) == cell
+    assert patches.base_panel(Image.new("RGB", size[::-1]), grid, cell).shape == (
         grid[0] * cell[0],
         grid[1] * cell[1],
         3,
@@ -187,13 +188,13 @@ def test_one_image_of_another_size_and_aspect_with_class_names(tiny, tmp_path, c
 def test_a_method_that_reduces_in_every_block_gets_six_panels_and_all_figures(
     tiny, tmp_path, capsys, monkeypatch
 ):
-    drawn, page = [], drawing.page
+    drawn, page = [], patches.page
 
     def record(rows, *rest):
         drawn.extend(rows)
         return page(rows, *rest)
 
-    monkeypatch.setattr(drawing, "page", record)
+    monkeypatch.setattr(patches, "page", record)
     monkeypatch.setitem(vit.NAMED, "tiny", (TINY | dict(depth=7), Preprocessing()))
     model, params = create_model("tiny")
     write_safetensors(tiny["--weights"], tensors_from_params(params, model))

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evit_jax.checkpoint import Checkpoints
 from evit_jax.errors import InputError
-from evit_jax.parallel import DataParallel
+from evit_jax.runtime.parallel import DataParallel
+from evit_jax.training.checkpoint import Checkpoints
 
 
 def state_of(value, devices=None):

@@ -6,31 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from evit_jax import startup
-from evit_jax.startup import Startup, age
+from evit_jax.training import clock
+from evit_jax.training.clock import Startup, age
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_process_knows_its_age():
     before = age()
     time.sleep(0.1)
     assert 0.09 <= age() - before < 60
-    code = "import time; time.sleep(1.5); from evit_jax.startup import age; print(age())"
+    code = "import time; time.sleep(1.5); from evit_jax.training.clock import age; print(age())"
     began = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert 1.5 <= float(run.stdout) <= time.perf_counter() - began + 0.02
 
 
 def test_where_the_process_cannot_be_looked_up_its_work_counts(monkeypatch):
-    monkeypatch.setattr(startup.Path, "read_text", lambda path: (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr(clock.Path, "read_text", lambda path: (_ for _ in ()).throw(OSError))
     assert age() == pytest.approx(time.process_time(), abs=0.5)
 
 
 def test_parts_add_up_and_are_reported_once(monkeypatch):
     now = iter([10.0, 10.0, 12.5, 13.0])
-    monkeypatch.setattr(startup.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(startup, "age", lambda: 1.5)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(clock, "age", lambda: 1.5)
     start = Startup()
     start.ends("state")
     start.ends("first step")

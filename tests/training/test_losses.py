@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evit_jax.losses import Distillation, cross_entropy, divergence, smooth_labels
+from evit_jax.training.losses import Distillation, cross_entropy, divergence, smooth_labels
 
 
 def test_smoothing_spreads_over_all_classes():

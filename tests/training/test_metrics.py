@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evit_jax import metrics
+from evit_jax.training import metrics
 
 
 def test_sums_count_only_what_the_mask_shows():

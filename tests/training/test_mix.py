@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.losses import smooth_labels
-from evit_jax.mix import ASPECT, Mix, blend, box_of, erase, first_fitting, inside
+from evit_jax.training.losses import smooth_labels
+from evit_jax.training.mix import ASPECT, Mix, blend, box_of, erase, first_fitting, inside
 
-TIMM = np.load(pathlib.Path(__file__).parent / "fixtures/augment/timm.npz")
+TIMM = np.load(pathlib.Path(__file__).parents[1] / "fixtures/augment/timm.npz")
 MIXING = ("mix_cut", "mix_lam", "mix_centre", "mix_box", "mix_share")
 SIZE = (32, 48)
 KEY = jax.random.key(5)

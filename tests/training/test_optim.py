@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evit_jax import optim
 from evit_jax.models import build_model, init_params
+from evit_jax.training import optim
 
 RATES = dict(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=10, total_steps=100)
 ADAM = dict(weight_decay=0.1, clip_norm=0.0, b1=0.9, b2=0.999)

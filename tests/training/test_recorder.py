@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.recorder import Recorder, broken, claim, flatten
+from evit_jax.spec import flatten
+from evit_jax.training.recorder import Recorder
+from evit_jax.training.workdir import broken, claim
 
 CONFIG = dict(seed=0, model=dict(keep_rate=0.7, layers=(1, 2)), run=dict(log_every=5))
 

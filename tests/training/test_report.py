@@ -2,15 +2,17 @@
 import jax
 import pytest
 
-from evit_jax import report, timetable
+from evit_jax import tables
 from evit_jax.models import build_model, init_params
+from evit_jax.plan import stages
+from evit_jax.training import report
 
 MODEL = build_model("deit_small_patch16_224", keep_rate=0.7)
 
 
 def test_runs_of_equal_counts_are_shortened():
-    assert report.runs(MODEL.tokens_per_block) == "197 x3, 140 x3, 100 x3, 72 x3"
-    assert report.runs((5, 4, 4)) == "5, 4 x2"
+    assert tables.runs(MODEL.tokens_per_block) == "197 x3, 140 x3, 100 x3, 72 x3"
+    assert tables.runs((5, 4, 4)) == "5, 4 x2"
 
 
 def test_the_parameter_table_adds_up():
@@ -21,10 +23,10 @@ def test_the_parameter_table_adds_up():
 
 
 def test_the_stage_table_shows_epochs_tokens_and_macs():
-    stages = timetable.stages(
+    table = stages.stages(
         lambda left: MODEL.plan(keep_rate=0.7, left=left), 0.7, start=1000, length=1000, rungs=1
     )
-    lines = report.stage_table(MODEL, stages, steps_per_epoch=1000).splitlines()
+    lines = report.stage_table(MODEL, table, steps_per_epoch=1000).splitlines()
     assert lines[2].split() == ["0", "1", "197", "x12", "4.599"]
     assert lines[3].split()[:2] == ["1.5", "0.7"]
     assert lines[3].split()[-1] == "3.029"

@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from evit_jax import losses, metrics, optim, steps, timetable
-from evit_jax.background import Programs
-from evit_jax.mix import Mix
 from evit_jax.models import build_model, init_params
-from evit_jax.parallel import DataParallel
-from evit_jax.preprocessing import Preprocessing
+from evit_jax.models.card import Preprocessing
+from evit_jax.plan import stages
+from evit_jax.runtime.background import Programs
+from evit_jax.runtime.parallel import DataParallel
+from evit_jax.training import losses, metrics, optim, steps
+from evit_jax.training.mix import Mix
 
 BATCH = 8
 CARD = Preprocessing()
@@ -220,10 +221,8 @@ def test_a_teacher_of_other_preprocessing_sees_what_it_expects():
 
 
 def test_one_program_is_compiled_per_stage():
-    stages = timetable.stages(
-        lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2
-    )
-    assert len(stages) == 3
+    table = stages.stages(lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2)
+    assert len(table) == 3
     traces, devices = [], DataParallel()
     state = devices.init(init, jax.random.key(0))
 
@@ -236,11 +235,11 @@ def test_one_program_is_compiled_per_stage():
 
     programs = Programs(build)
     for step in range(20):
-        stage = timetable.stage_at(stages, step)
-        for other in stages:
+        stage = stages.stage_at(table, step)
+        for other in table:
             programs.start(other)
         state, _ = programs[stage](state, devices.put(make_batch(step)), {})
-    assert traces == [stage.keep for stage in stages]
+    assert traces == [stage.keep for stage in table]
 
 
 def test_batch_shapes_are_those_of_a_batch():

@@ -10,9 +10,9 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from evit_jax.errors import InputError
-from evit_jax.models.weight_files import read_tensors, write_safetensors
-from tests.fuzz_weight_files import FILES, FOLDER, fuzz
-from tests.hostile_files import VALUES, refused, same, state, tensor, text, torch_zip
+from evit_jax.weights.files import read_tensors, write_safetensors
+from tests.scripts.fuzz_weight_files import FILES, FOLDER, fuzz
+from tests.scripts.hostile_files import VALUES, refused, same, state, tensor, text, torch_zip
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.models.weight_files import read_tensors
-from tests.hostile_files import (
+from evit_jax.weights.files import read_tensors
+from tests.scripts.hostile_files import (
     BYTES,
     LEGACY_TAIL,
     VALUES,

@@ -5,8 +5,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from evit_jax.errors import InputError
-from evit_jax.models import build_model, create_model, hub, init_params
-from evit_jax.models.pretrained import params_from_tensors, tensors_from_params
+from evit_jax.models import build_model, create_model, init_params
+from evit_jax.weights import hub
+from evit_jax.weights.names import params_from_tensors, tensors_from_params
 
 SIZES = dict(image_size=32, patch_size=8, width=8, depth=2, num_heads=2, num_classes=3)
 

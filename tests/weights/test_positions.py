@@ -6,7 +6,7 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model
-from evit_jax.models.positions import resize_positions
+from evit_jax.weights.positions import resize_positions
 
 SIZES = dict(patch_size=8, width=8, depth=1, num_heads=2, num_classes=3)
 

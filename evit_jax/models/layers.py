@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small parts of a Vision Transformer: norm, GELU, dropout, MLP.
+
+Parameters are float32; `dtype` is the compute dtype; norms run in float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# DeiT draws weights from a normal truncated at an absolute value of 2, which at this width never
+# truncates, and leaves biases at zero.
+weight_init = nn.initializers.normal(0.02)
+
+
+@jax.checkpoint
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x * Phi(x). For the backward pass only x is stored, and the rest redone."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def norm(name: str) -> nn.LayerNorm:
+    """LayerNorm as in DeiT (epsilon 1e-6), computed and returned in float32."""
+    return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+
+
+def fold(keys: jax.Array | None, number: int) -> jax.Array | None:
+    """Random keys (B,), one per image -> others for another purpose; None stays None."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None, *, whole: bool = False) -> jax.Array:
+    """Zeroes values of x (B, N, D) at this rate and rescales the others.
+
+    Args:
+      x: any float dtype, returned as such.
+      rate: in [0, 1).
+      keys: (B,) one random key per image, so that an image's draws are the same however a batch is
+        split over devices or micro-batches; None changes nothing.
+      whole: zero all of an image's values or none (stochastic depth of a residual branch).
+    """
+    if keys is None or not rate:
+        return x
+    shape = (1, 1) if whole else x.shape[1:]
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the exact GELU between them."""
+
+    hidden: int
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        dense = dict(kernel_init=weight_init, dtype=self.dtype)
+        y = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
+        y = dropout(y, self.dropout_rate, fold(keys, 0))
+        y = nn.Dense(x.shape[-1], name="fc2", **dense)(y)
+        return dropout(y, self.dropout_rate, fold(keys, 1))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token-reduction methods by name: one file in this folder is one method.
+
+A file without an underscore defines `REDUCER`, a class derived from `tokens.Reducer`; its docstring
+says what it has to do. The contract tests pick it up from here.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping
+
+from evit_jax.errors import InputError, check_name, check_names
+from evit_jax.spec import parse_fields
+from evit_jax.tokens import Reducer
+
+
+def known_reducers() -> list[str]:
+    """The names of all methods: the files in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def create_reducer(spec: str | Mapping | Reducer) -> Reducer:
+    """Builds a reducer from "evit", "evit:fuse=False" or dict(name="evit", fuse=False).
+
+    Raises:
+      InputError: an unknown method or field, naming the closest known one.
+    """
+    if isinstance(spec, Reducer):
+        return spec
+    if isinstance(spec, str):
+        name, _, rest = spec.partition(":")
+        fields = parse_fields(rest)
+    else:
+        fields = dict(spec)
+        name = fields.pop("name", None)
+        if name is None:
+            raise InputError(f'a reducer needs a name, as in dict(name="evit"), got {dict(spec)}')
+    check_name("reducer", name, known_reducers())
+    method = importlib.import_module(f"{__name__}.{name}").REDUCER
+    known = {field.name: field.type for field in dataclasses.fields(method)}
+    check_names(f"field of {name}", fields, known)
+    return method(**{key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields})
+
+
+def check_type(what: str, value, kind):
+    """Returns a value of the annotated type, a list as a tuple; raises InputError for another."""
+    value = tuple(value) if isinstance(value, list) else value
+    kinds = [typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,)]
+    if type(value) in kinds or (type(value) is int and float in kinds):
+        return value
+    raise InputError(
+        f"{what} must be of type {' or '.join(k.__name__ for k in kinds)}, got {value!r}"
+    )

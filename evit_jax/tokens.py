@@ -1,72 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seam between a Vision Transformer's blocks and a token-reduction method.
 
-Between attention and MLP of a reducing block the model calls
+In a reducing block the model calls
 
     tokens = reducer(tokens, signals, keep)
 
-and goes on with whatever came back. `Tokens` carries everything later blocks and users need to know
-about the tokens, `Signals` what this block's attention saw, and `keep` is a Python int, the number
-of patch tokens to keep, so every shape is known before tracing. A reducer is a frozen dataclass:
-hashable, so it is part of the compile key, and it never looks at the model. One file in this folder
-is one method, found by its file name; the contract tests pick it up from there.
+and continues with whatever came back. `Tokens` carries everything that later blocks and users need
+to know about the tokens, `Signals` what the attention before the reducer was made of, and `keep` is
+static, the number of patch tokens to keep, so every shape is known before tracing. One file in
+`reducers/` is one method, found by its file name; the contract tests pick it up from there.
 
 Letters: B images, P original patches, N tokens now (prefix included), n patch tokens now
-(N - prefix), K patch tokens kept, D width, C width of one head.
+(N - prefix), K patch tokens kept, H heads, C width of one head, D width.
 
 The contract
   * The first `prefix` tokens (class, distillation, registers) come back untouched, first, in order.
   * Exactly K + `extra` patch tokens come back. `keep` is never n: the plan says None instead.
-  * `owner` says for every original patch in which patch token it now is, or -1.
+  * `owner` says for every original patch which patch token now holds it, or -1.
   * Total `size` never grows; a method that merges conserves it.
   * Each image is treated alone, and gradients are finite.
 
-How each family of methods fits
+A reducer is a frozen dataclass, or a Linen module where it has parameters: both are hashable, so
+they are part of the compile key. It never looks at the model. How each family of methods fits:
+
   * Drop (EViT without fusing, Top-K): `drop(tokens, kept)`. Dropped patches get owner -1.
   * Fuse (EViT): `extra = 1`; the fused token goes last and owns everything that was not kept.
   * Size-weighted merging (ToMe, DiffRate): `size` holds the patches inside each token; the new x is
-    a mean weighted with it, sizes are summed, and `follow` moves the owners of a source to its
+    a mean weighted by it, sizes are summed, and `follow` moves the owners of a source to its
     destination. Proportional attention is `weight = size`: later blocks multiply exp(logit) of a
-    key by its weight. `size` alone changes nothing, so EViT's fused token gets no bonus. A method
-    with two counts per block (prune to, merge to) gets a static tuple as `keep`.
+    key by its weight. `size` alone changes nothing, so EViT's fused token gets no bonus.
+  * Two counts per block (prune to, merge to): the plan's entry, and so `keep`, is a static tuple;
+    the last one is what the block is left with.
   * Soft assignment (PatchMerger, Sinkhorn): `owner` is the argmax.
   * Training masks (DynamicViT, DiffRate's search): in training (`signals.train`) return all tokens
     and set `weight` to the straight-through mask. Attention counts a token's own weight as at
-    least 1, so a masked token still sees itself and no row is empty; a log bias would not do, the
-    gradient of log 0 is infinite. Outside training drop for real.
-  * Validity slots (ATS): K slots, empty ones with weight 0, size 0 and no owner. No other token
+    least 1, so a masked token still sees itself and no row is empty; a log bias would not do, since
+    the gradient of log 0 is infinite. Outside training drop for real.
+  * Empty slots (ATS): K slots, empty ones with weight 0, size 0 and no owner. No other token
     attends to a slot of weight 0.
-  * Methods with weights of their own (predictors, learnt queries): a Linen module in the same
-    field, cloned by each reducing block, so that every block has its own weights. What their loss
-    needs goes into the model's `out`.
+  * Parameters (predictors, learned queries): a class that derives from both `nn.Module` and
+    `Reducer`. Every reducing block clones it, so that each has parameters of its own, under
+    `blocks_I/reduction`. What a loss or a user needs, `tokens.report(name=value)` puts into the
+    model's `out["aux"]`; training adds what is reported as `loss` to the loss.
+  * Another place than between attention and MLP: `site`, see `Reducer`.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from evit_jax.plan.counts import Keep, quarter_layers
+from evit_jax.errors import InputError
+from evit_jax.plan.counts import Entry, Keep, quarter_layers
 
 
 @struct.dataclass
 class Tokens:
     """The tokens that flow from block to block.
 
-    x       (B, N, D) compute dtype.
-    size    (B, N) float32, how many original patches each token stands for; a prefix token has 1.
-    owner   (B, P) int32, which patch token holds each original patch, counted from 0 behind the
-            prefix in the current order; -1 if it was dropped.
-    weight  (B, N) float32 >= 0 or None. Multiplies exp(logit) of that key in later attention.
-            None is the plain softmax, to the last bit.
-    prefix  static: the first tokens, never reduced.
+    x          (B, N, D) compute dtype.
+    size       (B, N) float32, original patches that each token stands for; 1 for a prefix token.
+    owner      (B, P) int32, which patch token holds each original patch, counted from 0 behind the
+               prefix in the current order; -1 if it was dropped.
+    weight     (B, N) float32 >= 0 or None. Multiplies exp(logit) of that key in later attention.
+               None is the plain softmax, to the last bit.
+    positions  (B, N, 2) float32 or None: row and column of each token in patches, where attention
+               needs to know (rotary positions, relative bias); those of prefix tokens mean nothing.
+    aux        name -> what each reducing block reported under it, in order; see `report`.
+    prefix     static: how many tokens at the front are never reduced.
     """
 
     x: jax.Array
     size: jax.Array
     owner: jax.Array
     weight: jax.Array | None = None
+    positions: jax.Array | None = None
+    aux: dict[str, tuple[jax.Array, ...]] = struct.field(default_factory=dict)
     prefix: int = struct.field(pytree_node=False, default=1)
 
     @property
@@ -74,28 +82,133 @@ class Tokens:
         """n, the patch tokens present."""
         return self.x.shape[1] - self.prefix
 
+    def report(self, **values: jax.Array) -> "Tokens":
+        """The same tokens, with values for `out["aux"]`.
+
+        Args:
+          **values: (B, ...) arrays, one entry per image. `loss` (B,) is added to the training loss.
+        """
+        reported = {name: (*self.aux.get(name, ()), value) for name, value in values.items()}
+        return self.replace(aux=self.aux | reported)
+
 
 @struct.dataclass
 class Signals:
-    """What a reducer may look at, as seen by the attention just before it.
+    """What the attention before a reducer was made of, and the scores that follow from it.
 
-    cls_attention  (B, N) float32, the class token's row of the softmax, mean over heads.
-    keys           (B, N, C) compute dtype, mean over heads.
-    key            (B,) random keys in training, one per image (None otherwise), for methods that
-                   sample.
-    layer, train   static: the block's number and whether the model is training.
+    Reducers call the methods. Under jit nothing is computed that no reducer calls, so there are no
+    flags and no declared needs. At the site "input" it is the attention of the block before; the
+    first block has none, and asking for it is an error.
+
+    q, k, v      (B, H, N, C) compute dtype, as attention used them; q is scaled by C^-0.5.
+    before       (B, N, D) the tokens that entered the attention branch (before its norm).
+    after        (B, N, D) the tokens after its residual connection.
+    weight       (B, N) `Tokens.weight` as attention used it, or None.
+    plain_q,
+    plain_k      q and k before positions were applied to them; None where none are.
+    rng          (B,) random keys in training, one per image (None otherwise), for sampling.
+    blocks       at the site "output": the signals of every block, else ().
+    class_token  static: whether the first token is a class token.
+    prefix, layer, depth, train   static: tokens never reduced, this block's number, the number of
+                 blocks, and whether the model is training.
     """
 
-    cls_attention: jax.Array
-    keys: jax.Array
-    key: jax.Array | None = None
+    q: jax.Array | None = None
+    k: jax.Array | None = None
+    v: jax.Array | None = None
+    before: jax.Array | None = None
+    after: jax.Array | None = None
+    weight: jax.Array | None = None
+    plain_q: jax.Array | None = None
+    plain_k: jax.Array | None = None
+    rng: jax.Array | None = None
+    blocks: tuple["Signals", ...] = ()
+    class_token: bool = struct.field(pytree_node=False, default=True)
+    prefix: int = struct.field(pytree_node=False, default=1)
     layer: int = struct.field(pytree_node=False, default=0)
+    depth: int = struct.field(pytree_node=False, default=1)
     train: bool = struct.field(pytree_node=False, default=False)
 
+    def class_attention(self) -> jax.Array:
+        """(B, N) float32: what the class token attends to, mean over heads; each row sums to 1.
 
-@dataclasses.dataclass(frozen=True)
+        Raises:
+          InputError: the model has no class token.
+        """
+        return jnp.mean(self.class_rows(), axis=1)
+
+    def class_rows(self) -> jax.Array:
+        """(B, H, N) float32: `class_attention` of each head."""
+        self.need_attention()
+        if not self.class_token:
+            raise InputError(
+                "this reducer ranks patches by the class token's attention, and the model has no "
+                "class token; choose a reducer that does without one, such as tome"
+            )
+        # One row as its own small softmax, so that attention itself is free to be a fused kernel,
+        # which keeps no map.
+        row = jnp.einsum("bhc,bhkc->bhk", self.q[:, :, 0], self.k, preferred_element_type=F32)
+        weight = self.weight
+        if weight is not None:
+            weight = weight.at[:, 0].set(jnp.where(weight[:, 0] <= 1, 1.0, weight[:, 0]))[:, None]
+        unscaled, total = softmax_weights(row, weight)
+        return unscaled / total
+
+    def attention(self) -> jax.Array:
+        """(B, H, N, N) float32: the whole map, a row per query; each row sums to 1."""
+        self.need_attention()
+        logits = jnp.einsum("bhqc,bhkc->bhqk", self.q, self.k, preferred_element_type=F32)
+        weight = self.weight
+        if weight is not None:  # a token counts itself with at least 1
+            own = jnp.eye(weight.shape[1], dtype=bool)[None]
+            weight = jnp.where(own & (weight[:, None] <= 1), 1.0, weight[:, None])[:, None]
+        unscaled, total = softmax_weights(logits, weight)
+        return unscaled / total
+
+    def received_attention(self) -> jax.Array:
+        """(B, N) float32: attention that each token receives, mean over heads and queries.
+
+        It needs no class token, but the whole (B, H, N, N) map.
+        """
+        return jnp.mean(self.attention(), axis=(1, 2))
+
+    def keys(self) -> jax.Array:
+        """(B, N, C) compute dtype: keys before positions are applied, mean over heads (ToMe)."""
+        self.need_attention()
+        return jnp.mean(self.k if self.plain_k is None else self.plain_k, axis=1)
+
+    def value_norms(self) -> jax.Array:
+        """(B, H, N) float32: L2 norm of each token's values, per head."""
+        self.need_attention()
+        return jnp.linalg.norm(self.v.astype(F32), axis=-1)
+
+    def shift(self) -> jax.Array:
+        """(B, N) float32: how far attention moved each token, ||after - before||.
+
+        Representation shift (arXiv 2508.00367): an importance that needs no attention map.
+        """
+        self.need_attention()
+        return jnp.linalg.norm(self.after.astype(F32) - self.before.astype(F32), axis=-1)
+
+    def need_attention(self) -> None:
+        """Raises InputError where there was no attention yet."""
+        if self.q is None:
+            raise InputError(
+                f"this reducer works at the input of its block and reads the attention before it; "
+                f"block {self.layer} has none before it: leave block 0 out of its layers"
+            )
+
+
 class Reducer:
-    """Base of all methods: the three numbers that the token plan asks for, and the call."""
+    """Base of all methods: the numbers that the token plan asks for, and the call.
+
+    `site` is where in a reducing block the method works:
+      "between"  between attention and MLP (EViT, ToMe); the default
+      "input"    before the block's attention (DynamicViT, MCTF)
+      "output"   after the last block (HiPrune), which so is the only one in its layers
+    """
+
+    site = "between"
 
     @property
     def extra(self) -> int:
@@ -114,10 +227,31 @@ class Reducer:
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks that reduce when the user names none."""
-        return quarter_layers(depth)
+        return quarter_layers(depth) if self.site != "output" else (depth - 1,)
 
-    def __call__(self, tokens: Tokens, signals: Signals, keep: int) -> Tokens:
+    def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         raise TypeError(f"{type(self).__name__} does not define how it reduces tokens")
+
+
+SITES = ("between", "input", "output")
+F32 = jnp.float32
+
+
+def softmax_weights(logits: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """exp(logit) * weight, scaled so that the largest visible exp is 1, and its sum over keys.
+
+    Args:
+      logits: (..., keys) float32.
+      weight: of the keys, broadcast against the logits; None is the plain softmax.
+    """
+    seen = logits if weight is None else jnp.where(weight > 0, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(seen, axis=-1, keepdims=True))
+    shifted = logits - top
+    if weight is None:
+        unscaled = jnp.exp(shifted)
+    else:  # a key that nobody may see could lie far above the largest visible one and overflow
+        unscaled = jnp.exp(jnp.where(shifted > 0, 0.0, shifted)) * weight
+    return unscaled, jnp.sum(unscaled, axis=-1, keepdims=True)
 
 
 def follow(owner: jax.Array, destination: jax.Array) -> jax.Array:
@@ -147,14 +281,18 @@ def drop(tokens: Tokens, kept: jax.Array) -> Tokens:
     prefix = jnp.broadcast_to(jnp.arange(tokens.prefix), (kept.shape[0], tokens.prefix))
     index = jnp.concatenate([prefix, kept + tokens.prefix], axis=1)
 
-    def gather(array):  # (B, N) -> (B, prefix + K); `kept` is in bounds by construction
-        return jnp.take_along_axis(array, index, axis=1, mode="promise_in_bounds")
+    def gather(array):  # (B, N, ...) -> (B, prefix + K, ...); `kept` is in bounds by construction
+        if array is None:
+            return None
+        at = index.reshape(*index.shape, *[1] * (array.ndim - 2))
+        return jnp.take_along_axis(array, at, axis=1, mode="promise_in_bounds")
 
     return tokens.replace(
-        x=jnp.take_along_axis(tokens.x, index[..., None], axis=1, mode="promise_in_bounds"),
+        x=gather(tokens.x),
         size=gather(tokens.size),
         owner=follow(tokens.owner, destinations(kept, tokens.patches, rest=-1)),
-        weight=None if tokens.weight is None else gather(tokens.weight),
+        weight=gather(tokens.weight),
+        positions=gather(tokens.positions),
     )
 
 

@@ -18,7 +18,7 @@ from evit_jax.errors import InputError
 from evit_jax.measure.timing import take_turns
 from evit_jax.plan.counts import Keep
 from evit_jax.plan.flops import macs
-from evit_jax.runtime.parallel import DataParallel
+from evit_jax.runtime.parallel import Chunked, DataParallel
 
 RATES = tuple(percent / 100 for percent in range(100, 0, -1))
 PROGRAMS = 10  # compiled on a steady machine: dense, the halvings of RATES, and neighbours
@@ -153,7 +153,7 @@ def stopwatch(
     def program(keep: Keep) -> Callable[[], jax.Array]:
         variant = model.clone(keep=keep)
         compiled = devices.compile_eval(
-            lambda params, images: variant.apply({"params": params}, images)[0]
+            lambda params, images: Chunked(variant).apply({"params": params}, images)[0]
         )
         return lambda: jax.block_until_ready(compiled(params, images))
 

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from evit_jax.measure.timing import time_calls
 from evit_jax.models.card import Preprocessing
-from evit_jax.runtime.parallel import DataParallel
+from evit_jax.runtime.parallel import Chunked, DataParallel, chunk_size
 from evit_jax.training import optim, steps
 from evit_jax.training.mix import Mix
 
@@ -49,12 +49,12 @@ def inference(model, params: dict, images: jax.Array, devices: DataParallel) -> 
     """The logits, and nothing else, of normalised images (B, H, W, 3) float32."""
 
     def logits(params, images):
-        return model.apply({"params": params}, images)[0]
+        return Chunked(model).apply({"params": params}, images)[0]
 
     start = time.perf_counter()
     program = devices.compile_eval(logits).lower(params, images).compile()
     seconds = time.perf_counter() - start
-    loops = len(images) // model.part(len(images))
+    loops = len(images) // chunk_size(model, len(images))
     figures = account(program, loops=loops)
     return Program(functools.partial(program, params, images), seconds, **figures)
 

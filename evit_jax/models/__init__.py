@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -70,7 +71,7 @@ def build_model(
     if "dtype" in settings:
         settings["dtype"] = check_dtype(settings["dtype"])
     model = module(**settings, reducer=create_reducer(reducer))
-    check_geometry(model)
+    model.check()
     keep = model.plan(
         keep_rate=keep_rate,
         layers=layers,
@@ -90,10 +91,10 @@ def create_model(
     Args:
       name: a backbone ("vit") or a variant ("deit_small_patch16_224").
       weights: a file of timm, DeiT, EViT (.safetensors, .pth) or vision_transformer (.npz), or
-        "hf:OWNER/REPOSITORY@COMMIT" on the Hugging Face hub; default freshly drawn. Position
+        "hf:OWNER/REPOSITORY@COMMIT" on the Hugging Face hub; default randomly initialized. Position
         embeddings of another image size are resized.
-      new_head: draw fresh heads where the file has none, or for another number of classes.
-      seed: of the freshly drawn weights.
+      new_head: initialize new heads where the file has none, or for another number of classes.
+      seed: of randomly initialized weights.
       keep_rate: fraction of the patch tokens kept by each block in `layers`; default 1.
       layers: reducing blocks, 0-based; default the reducer's own (EViT: 3, 6, 9 of 12).
       keep_rates: one rate per block, instead of keep_rate and layers.
@@ -121,7 +122,7 @@ def load_params(weights: str, model, *, key: jax.Array, new_head: bool = False) 
     """Parameters for `model` from a file or the hub, see `create_model`."""
     path = hub.download(weights) if weights.startswith("hf:") else weights
     tensors = files.read_tensors(path)
-    if new_head:
+    if new_head or isinstance(model.reducer, nn.Module):  # some of it may be kept
         fresh = init_params(model, key)
     else:  # only shapes are looked at
         fresh = jax.eval_shape(lambda key: init_params(model, key), key)
@@ -150,28 +151,3 @@ def check_dtype(dtype) -> jnp.dtype:
     """ "float32", "bfloat16" or "float16", or the dtype itself."""
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     return jnp.dtype(check_name("dtype", name, ("float32", "bfloat16", "float16")))
-
-
-def check_geometry(model) -> None:
-    """Raises InputError for impossible sizes, broken patches and heads that do not fit."""
-    for name in ("width", "depth", "num_heads", "num_classes"):
-        if type(getattr(model, name)) is not int or getattr(model, name) < 1:
-            raise InputError(f"{name} must be a whole number from 1 up, got {getattr(model, name)}")
-    for name in ("drop_path_rate", "dropout_rate"):
-        if not 0 <= getattr(model, name) < 1:
-            raise InputError(f"{name} must be in [0, 1), got {getattr(model, name)}")
-    for side, image, patch in zip(
-        ("height", "width"), model.image_size, model.patch_size, strict=True
-    ):
-        if image < patch:
-            raise InputError(f"image {side} {image} is smaller than a patch of {patch}")
-        if image % patch:
-            near = round(image / patch) * patch
-            raise InputError(
-                f"image {side} {image} is not a multiple of the patch {side} {patch}; "
-                f"the nearest that is: {near}"
-            )
-    if model.width % model.num_heads:
-        raise InputError(
-            f"width {model.width} does not divide into {model.num_heads} heads of equal width"
-        )

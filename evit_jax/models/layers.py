@@ -24,25 +24,25 @@ def norm(name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
 
 
-def fold(keys: jax.Array | None, number: int) -> jax.Array | None:
+def fold(rngs: jax.Array | None, number: int) -> jax.Array | None:
     """Random keys (B,), one per image -> others for another purpose; None stays None."""
-    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    return None if rngs is None else jax.vmap(jax.random.fold_in, (0, None))(rngs, number)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None, *, whole: bool = False) -> jax.Array:
+def dropout(x: jax.Array, rate: float, rngs: jax.Array | None, *, whole: bool = False) -> jax.Array:
     """Zeroes values of x (B, N, D) at this rate and rescales the others.
 
     Args:
       x: any float dtype, returned as such.
       rate: in [0, 1).
-      keys: (B,) one random key per image, so that an image's draws are the same however a batch is
+      rngs: (B,) one random key per image, so that an image's draws are the same however a batch is
         split over devices or micro-batches; None changes nothing.
       whole: zero all of an image's values or none (stochastic depth of a residual branch).
     """
-    if keys is None or not rate:
+    if rngs is None or not rate:
         return x
     shape = (1, 1) if whole else x.shape[1:]
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(rngs)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
@@ -54,9 +54,9 @@ class Mlp(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, rngs: jax.Array | None) -> jax.Array:
         dense = dict(kernel_init=weight_init, dtype=self.dtype)
         y = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
-        y = dropout(y, self.dropout_rate, fold(keys, 0))
+        y = dropout(y, self.dropout_rate, fold(rngs, 0))
         y = nn.Dense(x.shape[-1], name="fc2", **dense)(y)
-        return dropout(y, self.dropout_rate, fold(keys, 1))
+        return dropout(y, self.dropout_rate, fold(rngs, 1))

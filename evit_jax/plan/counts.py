@@ -3,8 +3,10 @@
 
 XLA compiles one program per shape, so how many tokens each block keeps is decided here, once, and
 travels as a static tuple: `keep[i]` is None where block i does not reduce, else K, the number of
-patch tokens ("non-prefix tokens") that its reducer keeps. What a reducer appends, such as EViT's
-fused token, comes on top and is counted by the next block as one more patch token.
+patch tokens ("non-prefix tokens") that its reducer keeps, or a tuple where a method works in
+several steps (DiffRate: prune to, merge to), whose last entry is what it keeps. What a reducer
+appends, such as EViT's fused token, comes on top and is counted by the next block as one more patch
+token.
 
 Nothing here knows of JAX, models or methods: a reducer is two numbers, `extra` (tokens it appends)
 and `smallest` (the fewest it can keep of n).
@@ -15,8 +17,10 @@ from collections.abc import Callable, Sequence
 
 from evit_jax.errors import InputError
 
-Keep = tuple[int | None, ...]
-FIELDS = ("keep_rate", "layers", "keep_rates", "tokens", "macs", "multiple_of")  # that ask for one
+Entry = int | tuple[int, ...] | None  # of one block
+Keep = tuple[Entry, ...]
+# The fields of config.model that set the plan.
+PLAN_FIELDS = ("keep_rate", "layers", "keep_rates", "tokens", "macs", "multiple_of")
 
 
 def quarter_layers(depth: int) -> tuple[int, ...]:
@@ -84,11 +88,15 @@ def block_rates(
 
 
 def block_tokens(
-    depth: int, tokens: int | Sequence[int | None], layers: Sequence[int] | None = None
+    depth: int, tokens: int | Sequence[Entry], layers: Sequence[int] | None = None
 ) -> Keep:
-    """Absolute counts for every block, from one count, one per reducing layer or one per block."""
+    """Absolute counts for every block, from one count, one per reducing layer or one per block.
+
+    A count may be a tuple that does not rise, for methods that work in several steps.
+    """
     layers = check_layers(quarter_layers(depth) if layers is None else layers, depth)
     counts = [tokens] if isinstance(tokens, (int, float)) else list(tokens)
+    counts = [tuple(count) if isinstance(count, list) else count for count in counts]
     counts = counts * len(layers) if len(counts) == 1 else counts
     if len(counts) == len(layers) < depth:
         at = dict(zip(layers, counts, strict=True))
@@ -99,9 +107,24 @@ def block_tokens(
             f"blocks (None where a block keeps all), got {len(counts)}"
         )
     for count in counts:
-        if count is not None and (type(count) is not int or count < 1):
-            raise InputError(f"tokens must be whole numbers from 1 up, got {count!r}")
+        steps = count if isinstance(count, tuple) else (count,)
+        whole = all(type(step) is int and step >= 1 for step in steps) and steps
+        if count is not None and not (whole and steps == tuple(sorted(steps, reverse=True))):
+            raise InputError(
+                f"tokens must be whole numbers from 1 up, or tuples of them that do not rise, "
+                f"got {count!r}"
+            )
     return tuple(counts)
+
+
+def kept_count(entry: Entry) -> int | None:
+    """What a block is left with, before what its reducer appends; None where it does not reduce."""
+    return entry[-1] if isinstance(entry, tuple) else entry
+
+
+def each_step(entry: Entry, function: Callable[[int], int]) -> Entry:
+    """The entry with a function applied to its count, or to each of its counts."""
+    return tuple(map(function, entry)) if isinstance(entry, tuple) else function(entry)
 
 
 def token_plan(
@@ -111,12 +134,12 @@ def token_plan(
     keep_rate: float | None = None,
     layers: Sequence[int] | None = None,
     keep_rates: Sequence[float] | None = None,
-    tokens: int | Sequence[int | None] | None = None,
+    tokens: int | Sequence[Entry] | None = None,
     multiple_of: int = 1,
     prefix: int = 1,
     extra: int = 0,
     smallest: Callable[[int], int] = lambda n: 1,
-    left: float = 0.0,
+    remaining: float = 0.0,
 ) -> Keep:
     """What each block keeps: None, or K patch tokens out of the n present there.
 
@@ -134,8 +157,8 @@ def token_plan(
       prefix: tokens in front of the patches, which count for `multiple_of`.
       extra: tokens the reducer appends where it reduces.
       smallest: n -> the fewest patch tokens the reducer can keep of n.
-      left: how much of the way from keeping everything to the above is left to go, in [0, 1]; the
-        warm-up of the keep rate goes from 1 to 0.
+      remaining: how much of the way from keeping everything to the above remains, in [0, 1]: 1 is
+        dense, 0 the target; the warm-up of the keep rate goes from 1 to 0.
 
     Raises:
       InputError: a rate, layer or count out of range.
@@ -154,16 +177,19 @@ def token_plan(
     keep, n = [], patches
     for block, (count, rate) in enumerate(zip(wanted, rates, strict=True)):
         if count is None:
-            count = max(math.ceil(min(1.0, rate + (1 - rate) * left) * n), smallest(n))
-        if wanted[block] is not None and left:  # on the way to counts that were checked without
-            count = min(max(count + math.ceil((n - count) * left), smallest(n)), n)
-        if not smallest(n) <= count <= n:
+            rate = min(1.0, rate + (1 - rate) * remaining)
+            count = max(math.ceil(rate * n), smallest(n))
+        elif remaining:  # on the way to counts that were checked without
+            count = each_step(count, lambda k, n=n: k + math.ceil((n - k) * remaining))
+            count = each_step(count, lambda k, n=n: min(max(k, smallest(n)), n))
+        last, most = kept_count(count), count[0] if isinstance(count, tuple) else count
+        if not smallest(n) <= last <= most <= n:
             raise InputError(
                 f"block {block} has {n} patch tokens and can keep {smallest(n)} to {n} of them, "
                 f"got tokens={count}"
             )
-        keep.append(count if count < n else None)
-        n = count + extra if count < n else n
+        keep.append(count if last < n else None)
+        n = last + extra if last < n else n
     fixed = dict(prefix=prefix, extra=extra, smallest=smallest)
     return round_up(tuple(keep), patches, multiple_of=multiple_of, **fixed)
 
@@ -190,13 +216,18 @@ def round_up(
     if multiple_of == 1:
         return keep
     rounded, n = [], patches
-    for count in keep:
-        if count is not None:
-            total = prefix + max(count, smallest(n)) + extra
+    for entry in keep:
+        if entry is not None:
+            total = prefix + max(kept_count(entry), smallest(n)) + extra
             total = math.ceil(total / multiple_of) * multiple_of
-            count = total - prefix - extra if total < prefix + n else None
-            n = n if count is None else total - prefix
-        rounded.append(count)
+            count = total - prefix - extra
+            # A method's earlier steps keep no fewer than its last one.
+            entry = each_step(entry, lambda k, count=count, n=n: min(max(k, count), n))
+            if isinstance(entry, tuple):
+                entry = (*entry[:-1], count)
+            entry = entry if total < prefix + n else None
+            n = n if entry is None else total - prefix
+        rounded.append(entry)
     return tuple(rounded)
 
 
@@ -234,7 +265,7 @@ def rate_within(macs: float, cost: Callable[[float], int]) -> float:
 def token_counts(keep: Keep, patches: int, *, prefix: int = 1, extra: int = 0) -> tuple[int, ...]:
     """Tokens after each block, prefix tokens included: 197 or 140, 100, 72 for EViT 0.7 at 224."""
     counts, n = [], patches
-    for count in keep:
-        n = n if count is None else count + extra
+    for entry in keep:
+        n = n if entry is None else kept_count(entry) + extra
         counts.append(prefix + n)
     return tuple(counts)

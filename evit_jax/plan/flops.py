@@ -13,16 +13,23 @@ def block_macs(entering: int, leaving: int, width: int, hidden: int) -> int:
     return attention + 2 * leaving * width * hidden
 
 
+def seen_by(site: str, entering: int, leaving: int) -> tuple[int, int]:
+    """Tokens that attention and that the MLP of a block work on, by where its reducer does."""
+    return {
+        "between": (entering, leaving),
+        "input": (leaving, leaving),
+        "output": (entering, entering),
+    }[site]
+
+
 def macs(model) -> int:
-    """MACs of one image through a backbone with the fields of `models.vit.ViT`."""
-    high, wide = model.patch_size
-    total = model.patches * 3 * high * wide * model.width
-    entering = model.prefix + model.patches
+    """MACs of one image through a model with the attributes of `models.backbone.Backbone`."""
+    total, entering = model.stem_macs + model.head_macs, model.prefix + model.patches
     for leaving in model.tokens_per_block:
-        total += block_macs(entering, leaving, model.width, model.hidden)
+        tokens = seen_by(model.reducer.site, entering, leaving)
+        total += block_macs(*tokens, model.width, model.hidden)
         entering = leaving
-    heads = 2 if model.distilled else 1
-    return total + heads * model.width * model.num_classes
+    return total
 
 
 def logit_macs(model) -> int:
@@ -31,7 +38,8 @@ def logit_macs(model) -> int:
     That is the queries' attention, the projection and the MLP of all but the prefix tokens.
     """
     before = (model.prefix + model.patches, *model.tokens_per_block)[-2]
-    whole = block_macs(before, model.tokens_per_block[-1], model.width, model.hidden)
-    keys_and_queries = 3 * before * model.width**2
-    asking = 2 * before * model.width + model.width**2 + 2 * model.width * model.hidden
+    seen = seen_by(model.reducer.site, before, model.tokens_per_block[-1])
+    whole = block_macs(*seen, model.width, model.hidden)
+    keys_and_queries = 3 * seen[0] * model.width**2
+    asking = 2 * seen[0] * model.width + model.width**2 + 2 * model.width * model.hidden
     return macs(model) - whole + keys_and_queries + model.prefix * asking

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from evit_jax.errors import InputError
-from evit_jax.plan.counts import FIELDS, Keep, check_rate
+from evit_jax.plan.counts import PLAN_FIELDS, Keep, check_rate
 
 
 class Stage(NamedTuple):
@@ -42,7 +42,7 @@ def stages(
     where the curve passes the middle between two of them. Rungs with equal counts are one stage.
 
     Args:
-      planner: `left` -> what each block keeps, as `token_plan` takes it.
+      planner: `remaining` -> what each block keeps, as `token_plan` takes it.
       keep_rate: the target rate, for the logs.
       start: first step of the fall.
       length: steps of the fall; 0 falls to the target at `start`.
@@ -55,15 +55,15 @@ def stages(
         )
     table: list[Stage] = []
     for rung in range(rungs + 1):
-        step, left = 0, 1 - rung / rungs
+        step, remaining = 0, 1 - rung / rungs
         if rung:
             # (1 + cos(pi t / length)) / 2 is what is left of the fall after t steps.
             middle = 1 - (rung - 0.5) / rungs
             step = start + math.ceil(length * math.acos(2 * middle - 1) / math.pi)
         if table and table[-1].step == step:
             table.pop()  # it would not run for a single step
-        rate = None if keep_rate is None else keep_rate + (1 - keep_rate) * left
-        stage = Stage(step, rate, planner(left))
+        rate = None if keep_rate is None else keep_rate + (1 - keep_rate) * remaining
+        stage = Stage(step, rate, planner(remaining))
         if not table or table[-1].keep != stage.keep:
             table.append(stage)
     return tuple(table)
@@ -111,10 +111,10 @@ def open_table(model, config, to_steps: Callable[[float], int]) -> tuple[Stage, 
     Raises:
       InputError: a sandwich beside settings whose place it takes.
     """
-    rates = {name: config.model[name] for name in FIELDS}
+    rates = {name: config.model[name] for name in PLAN_FIELDS}
     by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
     warmup = stages(
-        lambda left: model.plan(**rates, left=left),
+        lambda remaining: model.plan(**rates, remaining=remaining),
         min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]) if by_rate else None,
         start=to_steps(config.keep_warmup.start_epoch),
         length=to_steps(config.keep_warmup.epochs),
@@ -129,7 +129,7 @@ def open_table(model, config, to_steps: Callable[[float], int]) -> tuple[Stage, 
 
 def plan_at(model, config, rate: float) -> Keep:
     """The run's plan with another keep rate."""
-    return model.plan(**{name: config.model[name] for name in FIELDS} | dict(keep_rate=rate))
+    return model.plan(**{name: config.model[name] for name in PLAN_FIELDS} | dict(keep_rate=rate))
 
 
 def completes(step: int, every: float, *, total: int) -> bool:

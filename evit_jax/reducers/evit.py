@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from evit_jax.plan.counts import Entry
 from evit_jax.tokens import Reducer, Signals, Tokens, destinations, drop, follow
 
 
@@ -24,22 +25,28 @@ class EViT(Reducer):
     def extra(self) -> int:
         return int(self.fuse)
 
-    def __call__(self, tokens: Tokens, signals: Signals, keep: int) -> Tokens:
-        attention = signals.cls_attention[:, tokens.prefix :]  # (B, n)
+    def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
+        attention = signals.class_attention()[:, tokens.prefix :]  # (B, n)
         _, kept = jax.lax.top_k(attention, keep)  # (B, K)
         reduced = drop(tokens, kept)
         if not self.fuse:
             return reduced
 
         place = destinations(kept, tokens.patches, rest=keep)  # (B, n), K: into the fused token
-        lost = (place == keep).astype(jnp.float32)
+        lost = attention * (place == keep).astype(jnp.float32)  # (B, n), 0 for those kept
         patches = tokens.x[:, tokens.prefix :]
-        fused = jnp.einsum("bn,bnd->bd", attention * lost, patches.astype(jnp.float32))
-        size = jnp.sum(lost * tokens.size[:, tokens.prefix :], axis=1)  # (B,)
+        fused = jnp.einsum("bn,bnd->bd", lost, patches.astype(jnp.float32))
+        size = jnp.sum((place == keep) * tokens.size[:, tokens.prefix :], axis=1)  # (B,)
+        positions = reduced.positions
+        if positions is not None:  # where the fused token is: the mean, by the same attention
+            share = lost / jnp.sum(lost, axis=1, keepdims=True)
+            middle = jnp.einsum("bn,bnc->bc", share, tokens.positions[:, tokens.prefix :])
+            positions = jnp.concatenate([positions, middle[:, None]], axis=1)
         return reduced.replace(
             x=jnp.concatenate([reduced.x, fused[:, None].astype(patches.dtype)], axis=1),
             size=jnp.concatenate([reduced.size, size[:, None]], axis=1),
             owner=follow(tokens.owner, place),
+            positions=positions,
             weight=None
             if reduced.weight is None
             else jnp.pad(reduced.weight, ((0, 0), (0, 1)), constant_values=1.0),

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from evit_jax.plan.counts import Entry
 from evit_jax.tokens import Reducer, Signals, Tokens, drop
 
 
@@ -20,11 +21,11 @@ class Random(Reducer):
 
     seed: int = 0  # of the draw used in evaluation
 
-    def __call__(self, tokens: Tokens, signals: Signals, keep: int) -> Tokens:
-        keys = signals.key
-        if keys is None:
-            keys = jax.random.fold_in(jax.random.key(self.seed), signals.layer)[None]
-        scores = jax.vmap(lambda key: jax.random.uniform(key, (tokens.patches,)))(keys)
+    def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
+        rngs = signals.rng
+        if rngs is None:
+            rngs = jax.random.fold_in(jax.random.key(self.seed), signals.layer)[None]
+        scores = jax.vmap(lambda rng: jax.random.uniform(rng, (tokens.patches,)))(rngs)
         _, kept = jax.lax.top_k(scores, keep)
         return drop(tokens, jnp.broadcast_to(kept, (tokens.x.shape[0], keep)))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError
-from evit_jax.plan.counts import Keep
+from evit_jax.plan.counts import Entry, Keep
 from evit_jax.tokens import Reducer, Signals, Tokens, follow
 
 
@@ -17,7 +17,7 @@ class ToMe(Reducer):
 
     Tokens at even places may be merged into tokens at odd ones; similarity is the cosine of their
     keys, averaged over heads. The n - K most similar pairs merge into size-weighted means, several
-    into one where they agree. Prefix tokens take no part. What is left of the even places comes
+    into one where they agree. Prefix tokens take no part. What remains of the even places comes
     first, in order, then the odd ones; the next block so pairs others.
 
     r removes that many tokens in each block; `linear` tilts it from r * (1 - linear) in the first
@@ -55,10 +55,10 @@ class ToMe(Reducer):
             n = now
         return tuple(keep)
 
-    def __call__(self, tokens: Tokens, signals: Signals, keep: int) -> Tokens:
+    def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         prefix, length = tokens.prefix, tokens.x.shape[1]
         removed = tokens.patches - keep
-        sources, targets = pair(signals.keys, prefix, removed)  # (B, r): places among all tokens
+        sources, targets = pair(signals.keys(), prefix, removed)  # (B, r): places among all tokens
 
         # Where every token goes: sources into their target, all others to a place of their own.
         rows = jnp.arange(tokens.x.shape[0])[:, None]
@@ -66,25 +66,33 @@ class ToMe(Reducer):
         order = jnp.arange(length)
         # Prefix first, then even places, then odd ones, each in order.
         rank = jnp.where(order < prefix, order - 2 * length, (order % 2) * length + order)
-        left = jnp.argsort(jnp.where(stays, rank[None], 2 * length), axis=1)[:, : length - removed]
+        survivors = jnp.argsort(jnp.where(stays, rank[None], 2 * length), axis=1)[
+            :, : length - removed
+        ]
         places = jnp.arange(length - removed, dtype=jnp.int32)[None]
-        place = jnp.zeros(tokens.size.shape, jnp.int32).at[rows, left].set(places)
+        place = jnp.zeros(tokens.size.shape, jnp.int32).at[rows, survivors].set(places)
         target_places = jnp.take_along_axis(place, targets, axis=1)
         place = place.at[rows, sources].set(target_places)
 
         size = tokens.size[..., None]
-        weighted = gather(tokens.x.astype(jnp.float32) * size, left)
+        weighted = gather(tokens.x.astype(jnp.float32) * size, survivors)
         weighted = weighted.at[rows, target_places].add(
             gather(tokens.x.astype(jnp.float32) * size, sources)
         )
-        sizes = gather(size, left).at[rows, target_places].add(gather(size, sources))
+        sizes = gather(size, survivors).at[rows, target_places].add(gather(size, sources))
         weight = tokens.weight
         if weight is not None:
-            weight = jnp.take_along_axis(weight, left, axis=1)
+            weight = jnp.take_along_axis(weight, survivors, axis=1)
+        positions = tokens.positions
+        if positions is not None:  # of a merged token: the mean of its patches'
+            summed = gather(positions * size, survivors)
+            summed = summed.at[rows, target_places].add(gather(positions * size, sources))
+            positions = summed / sizes
         return tokens.replace(
             x=(weighted / sizes).astype(tokens.x.dtype),
             size=sizes[..., 0],
             owner=follow(tokens.owner, place[:, prefix:] - prefix),
+            positions=positions,
             weight=sizes[..., 0] if self.proportional else weight,
         )
 

@@ -7,6 +7,7 @@ this asks for; a step is an ordinary function of the whole batch. `PmapParallel`
 behind the same interface: every device runs the step on its own part of the batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from evit_jax.errors import InputError, check_name
 
 AXIS = "data"
+CPU_CACHE = 10_000_000  # bytes of activations that a CPU works on fast; found by trying
 
 
 class DataParallel:
@@ -159,6 +161,43 @@ class PmapParallel(DataParallel):
         if jax.process_count() > 1:
             program = with_result(program, functools.partial(jax.tree.map, globally))
         return self.one_at_a_time(program)
+
+
+def chunk_size(model, batch_size: int, *, train: bool = False) -> int:
+    """How many images to work on at a time.
+
+    All of them, but on a single CPU device a divisor of the batch size whose widest activations
+    stay in the caches (docs/performance.md). Training needs twice the room, and pairs for mixup.
+
+    Args:
+      model: with `prefix`, `patches` and `hidden`.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() != 1:
+        return batch_size
+    unit = 1 + train
+    most = max(unit, CPU_CACHE // (4 * (model.prefix + model.patches) * model.hidden * unit))
+    fitting = (n for n in range(min(most, batch_size), most // 2, -1) if not n % unit)
+    return next((n for n in fitting if batch_size % n == 0), batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked:
+    """A model for inference that takes a batch in chunks of `chunk_size`, one after the other.
+
+    On anything but a single CPU device that is the whole batch, and nothing changes. It is for
+    programs that run here; a model that leaves, by export, has no chunks.
+    """
+
+    model: object
+
+    def apply(self, variables: dict, images: jax.Array):
+        """As `model.apply`, whose results have a leading axis of images."""
+        size = chunk_size(self.model, images.shape[0])
+        if size == images.shape[0]:
+            return self.model.apply(variables, images)
+        chunks = images.reshape(-1, size, *images.shape[1:])
+        result = jax.lax.map(lambda chunk: self.model.apply(variables, chunk), chunks)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
 
 
 def shapes_of(tree):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from evit_jax.models.card import Preprocessing
+from evit_jax.runtime.parallel import Chunked, chunk_size
 from evit_jax.training import losses, metrics
 from evit_jax.training.mix import Mix
 
@@ -57,8 +58,8 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bo
 
 
 def micro_batches(model, batch_size: int) -> int:
-    """The number of micro-batches that the device likes best: 1, but see `ViT.part`."""
-    return batch_size // model.part(batch_size, train=True)
+    """The number of micro-batches chosen for the device: 1, but see `parallel.chunk_size`."""
+    return batch_size // chunk_size(model, batch_size, train=True)
 
 
 def batch_shapes(
@@ -91,11 +92,17 @@ def prepare(
 
 
 def image_losses(logits: jax.Array, out: dict, targets: dict, recipe: Recipe) -> jax.Array:
-    """(B,) losses. A distilled model's class head learns the labels, its other one the teacher."""
-    if "teacher" not in targets:
-        return losses.cross_entropy(logits, targets["label"])
-    base = losses.cross_entropy(out.get("logits_cls", logits), targets["label"])
-    return recipe.distillation.loss(base, out.get("logits_dist", logits), targets["teacher"])
+    """(B,) losses. A distilled model's class head learns the labels, its other one the teacher.
+
+    What the model's reducers reported as `loss` is added.
+    """
+    if "teacher" in targets:
+        base = losses.cross_entropy(out.get("logits_cls", logits), targets["label"])
+        student = out.get("logits_dist", logits)
+        loss = recipe.distillation.loss(base, student, targets["teacher"])
+    else:
+        loss = losses.cross_entropy(logits, targets["label"])
+    return sum(out["aux"].get("loss", ()), start=loss)
 
 
 def gradients(
@@ -213,7 +220,8 @@ def split(array: jax.Array, parts: int) -> jax.Array:
 
 def eval_step(params: dict, batch: Batch, *, model, preprocessing, axis=None) -> dict:
     """Metric sums of a padded batch; `mask` (B,) is False for padding."""
-    logits, _ = model.apply({"params": params}, preprocessing.normalise(batch["image"]))
+    images = preprocessing.normalise(batch["image"])
+    logits, _ = Chunked(model).apply({"params": params}, images)
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     loss = losses.cross_entropy(logits, targets)
     sums = metrics.sums(logits, batch["label"], loss, batch["mask"])

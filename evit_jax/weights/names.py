@@ -124,8 +124,8 @@ def params_from_tensors(
     Args:
       tensors: name -> array.
       model: the Linen module; its grid and prefix say what the positions should be.
-      like: its freshly drawn parameters.
-      new_head: keep the fresh heads where the file has none, or for another number of classes.
+      like: its parameters, randomly initialized.
+      new_head: keep the heads of `like` where the file has none, or for another number of classes.
 
     Raises:
       InputError: entries that are missing, unexpected, of another shape or not floating point,
@@ -133,10 +133,14 @@ def params_from_tensors(
     """
     tensors, fresh = with_timm_names(tensors), leaves(like)
     names = {timm_name(path): path for path in fresh}
-    if new_head:  # a file may well have none
-        heads = {name: path for name, path in names.items() if path[0].startswith("head")}
-        own = {name: to_torch(path, np.asarray(fresh[path]), model) for name, path in heads.items()}
-        tensors = own | tensors
+    # A file may well have no head, and one of another method has no parameters of this reducer.
+    trained = any("reduction" in names[name] for name in tensors if name in names)
+    own = {
+        name: to_torch(path, np.asarray(fresh[path]), model)
+        for name, path in names.items()
+        if (new_head and path[0].startswith("head")) or ("reduction" in path and not trained)
+    }
+    tensors = own | tensors
     problems = [f"{name} is missing" for name in names if name not in tensors]
     problems += [f"{name} is not part of the model" for name in tensors if name not in names]
     params: dict = {}

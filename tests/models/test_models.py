@@ -92,7 +92,7 @@ def test_a_budget_of_macs_is_never_exceeded_and_more_never_means_fewer_tokens(si
 def test_a_budget_has_layers_a_warm_up_and_nothing_beside_it():
     model = build_model("deit_small_patch16_224", macs=3.5e9, layers=(2, 5))
     assert [block for block, count in enumerate(model.keep) if count] == [2, 5]
-    costs = [macs(model.clone(keep=model.plan(macs=3e9, left=left))) for left in (0, 0.5, 1)]
+    costs = [macs(model.clone(keep=model.plan(macs=3e9, remaining=left))) for left in (0, 0.5, 1)]
     assert costs[0] <= 3e9 < costs[1] < costs[2] == macs(model.clone(keep=()))
     for other in (dict(keep_rate=0.7), dict(keep_rates=(0.9,) * 12), dict(tokens=50)):
         with pytest.raises(InputError, match=r"give macs \(a budget\), or keep rates or tokens"):

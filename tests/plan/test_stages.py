@@ -13,7 +13,7 @@ SIZES = dict(image_size=(16, 16), patch_size=4, width=8, depth=3, num_heads=2, n
 
 
 def planner(left):
-    return token_plan(196, 12, keep_rate=0.5, extra=1, left=left)
+    return token_plan(196, 12, keep_rate=0.5, extra=1, remaining=left)
 
 
 def test_without_a_warm_up_there_is_one_stage():
@@ -42,13 +42,13 @@ def test_stages_follow_the_papers_cosine_within_half_a_rung(rungs):
 
 
 def test_rungs_with_equal_counts_are_one_stage():
-    table = stages(lambda left: token_plan(4, 1, keep_rate=0.5, layers=(0,), left=left), 0.5,
+    table = stages(lambda left: token_plan(4, 1, keep_rate=0.5, layers=(0,), remaining=left), 0.5,
                    length=100, rungs=16)  # fmt: skip
     assert [stage.keep for stage in table] == [(None,), (3,), (2,)]
 
 
 def test_counts_are_warmed_up_too():
-    table = stages(lambda left: token_plan(100, 1, tokens=50, layers=(0,), left=left), None,
+    table = stages(lambda left: token_plan(100, 1, tokens=50, layers=(0,), remaining=left), None,
                    length=10, rungs=2)  # fmt: skip
     assert [(stage.keep_rate, stage.keep) for stage in table] == [
         (None, (None,)),

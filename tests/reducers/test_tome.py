@@ -43,7 +43,7 @@ def test_merging_is_the_formula_by_hand(prefix, removed):
         tokens.replace(size=jnp.asarray(size, jnp.float32)), signals, PATCHES - removed
     )
     for image in range(BATCH):
-        x, keys = (np.asarray(a[image], np.float64) for a in (tokens.x, signals.keys))
+        x, keys = (np.asarray(a[image], np.float64) for a in (tokens.x, signals.keys()))
         merged, sizes, members = by_hand(x, size[image], keys, prefix, removed)
         np.testing.assert_allclose(after.x[image], merged, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(after.size[image], sizes, rtol=1e-6)
@@ -98,7 +98,7 @@ def test_rates_and_counts_replace_a_schedule():
 
 def test_a_schedule_can_be_warmed_up():
     model = build_model("vit", reducer="tome:r=16")
-    table = stages(lambda left: model.plan(left=left), None, length=100, rungs=4)
+    table = stages(lambda left: model.plan(remaining=left), None, length=100, rungs=4)
     assert table[0].keep == (None,) * 12
     assert table[-1].keep == model.keep
     last = [model.clone(keep=stage.keep).tokens_per_block[-1] for stage in table]
@@ -111,7 +111,7 @@ def test_layers_may_be_given_in_any_order():
 
 def test_keys_of_zeros_merge_no_prefix():
     tokens, signals = example()
-    after = create_reducer("tome")(tokens, signals.replace(keys=signals.keys * 0), 8)
+    after = create_reducer("tome")(tokens, signals.replace(k=signals.k * 0), 8)
     np.testing.assert_array_equal(after.x[:, 0], tokens.x[:, 0])
     assert (np.asarray(after.owner) >= 0).all()
 
@@ -146,7 +146,9 @@ def test_similarity_is_taken_in_float32_of_bfloat16_keys():
     keys = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 4)), jnp.bfloat16)
     x = jnp.ones((1, 9, 3), jnp.bfloat16)
     tokens = Tokens(x=x, size=jnp.ones((1, 9)), owner=jnp.arange(8)[None])
-    after = create_reducer("tome")(tokens, Signals(jnp.ones((1, 9)), keys), 5)
-    exact = create_reducer("tome")(tokens, Signals(jnp.ones((1, 9)), keys.astype(jnp.float32)), 5)
+    keys = keys[:, None]  # of one head
+    after = create_reducer("tome")(tokens, Signals(q=keys, k=keys), 5)
+    keys = keys.astype(jnp.float32)
+    exact = create_reducer("tome")(tokens, Signals(q=keys, k=keys), 5)
     assert after.x.dtype == jnp.bfloat16
     np.testing.assert_array_equal(after.owner, exact.owner)

@@ -51,8 +51,8 @@ def run(flags, folder, capsys, images=("a.png", "b.png")):
 
 def reduce(reducer, tokens, attention, keep):
     """One step of EViT with this class attention of the patch tokens."""
-    row = jnp.asarray([[0.0, *attention]], jnp.float32)
-    return reducer(tokens, Signals(row, keys=tokens.x), keep)
+    k = jnp.log(jnp.asarray([1e-6, *attention], jnp.float32))[None, None, :, None]
+    return reducer(tokens, Signals(q=jnp.ones_like(k), k=k), keep)
 
 
 def six_patches():

@@ -24,7 +24,11 @@ def test_the_parameter_table_adds_up():
 
 def test_the_stage_table_shows_epochs_tokens_and_macs():
     table = stages.stages(
-        lambda left: MODEL.plan(keep_rate=0.7, left=left), 0.7, start=1000, length=1000, rungs=1
+        lambda r: MODEL.plan(keep_rate=0.7, remaining=r),
+        0.7,
+        start=1000,
+        length=1000,
+        rungs=1,
     )
     lines = report.stage_table(MODEL, table, steps_per_epoch=1000).splitlines()
     assert lines[2].split() == ["0", "1", "197", "x12", "4.599"]

@@ -221,7 +221,7 @@ def test_a_teacher_of_other_preprocessing_sees_what_it_expects():
 
 
 def test_one_program_is_compiled_per_stage():
-    table = stages.stages(lambda left: MODEL.plan(keep_rate=0.5, left=left), 0.5, length=9, rungs=2)
+    table = stages.stages(lambda r: MODEL.plan(keep_rate=0.5, remaining=r), 0.5, length=9, rungs=2)
     assert len(table) == 3
     traces, devices = [], DataParallel()
     state = devices.init(init, jax.random.key(0))

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backbone shares: its sizes, its token plan, and what others may read of it."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from evit_jax.errors import InputError
+from evit_jax.plan import flops
+from evit_jax.plan.counts import (
+    Entry,
+    Keep,
+    check_layers,
+    rate_within,
+    token_counts,
+    token_plan,
+)
+from evit_jax.reducers.evit import EViT
+from evit_jax.tokens import SITES, Reducer
+
+
+class Backbone(nn.Module):
+    """Base of all backbones: images (B, H, W, 3) -> (logits (B, num_classes) float32, out).
+
+    `model.clone(keep=model.plan(keep_rate=0.5))` is another program over the same parameters.
+
+    What the rest of the package reads of a model, and a new backbone has to mean the same by:
+      image_size, patch_size   (height, width) in pixels
+      width, depth, num_heads, hidden, num_classes, dtype
+      grid, patches            rows and columns of patches; P, their number
+      prefix, class_token      tokens in front of the patches, never reduced; whether the first of
+                               them is a class token
+      keep, reducer, remat     fields that may be cloned with other values over the same parameters
+      kept, tokens_per_block   the plan with one entry per block; tokens after each, prefix included
+      plan(...)                rates, counts or a budget -> `keep`
+      stem_macs, head_macs     multiply-accumulates of one image before the first and after the last
+                               block
+    and of its parameters: `pos_embed` (1, prefix + P, D), heads whose names begin with `head`,
+    blocks called `blocks_0` and so on, and in each `reduction` for a reducer's own.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
+    keep: Keep = ()  # patch tokens kept by each block, from `plan`; () keeps all
+    reducer: Reducer = EViT()
+    remat: bool = False  # recompute each block in the backward pass instead of storing its insides
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def patches(self) -> int:
+        """P, the number of patch tokens entering the first block."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches, never reduced."""
+        return int(self.class_token)
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return True
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLPs."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def stem_macs(self) -> int:
+        """Multiply-accumulates of one image's patch embedding."""
+        high, wide = self.patch_size
+        return self.patches * 3 * high * wide * self.width
+
+    @property
+    def head_macs(self) -> int:
+        """Multiply-accumulates of one image's classifier."""
+        return self.width * self.num_classes
+
+    @property
+    def tokens_per_block(self) -> tuple[int, ...]:
+        """Tokens after each block, prefix included."""
+        return token_counts(self.kept, self.patches, prefix=self.prefix, extra=self.reducer.extra)
+
+    @property
+    def kept(self) -> Keep:
+        """`keep` with one entry per block."""
+        if self.keep and len(self.keep) != self.depth:
+            raise InputError(
+                f"keep needs one entry per block, {self.depth}, got {len(self.keep)}; "
+                "model.plan(...) makes it"
+            )
+        return tuple(self.keep) or (None,) * self.depth
+
+    def plan(
+        self,
+        *,
+        keep_rate: float | None = None,
+        layers: Sequence[int] | None = None,
+        keep_rates: Sequence[float] | None = None,
+        tokens: int | Sequence[Entry] | None = None,
+        macs: float | None = None,
+        multiple_of: int = 1,
+        remaining: float = 0.0,
+    ) -> Keep:
+        """`plan.counts.token_plan` for this model and its reducer; see there.
+
+        Without rates, counts and budget it is the reducer's own schedule, as far as it has one;
+        with both it is an error, but for keep_rate=1, the dense model.
+
+        `macs` is a budget: multiply-accumulates of one image, as `flops.macs` counts them. The plan
+        is that of the largest keep rate, one for all `layers`, that does not exceed it. A larger
+        budget so never means fewer tokens anywhere, and what the dense model meets is dense.
+        """
+        at = self.reducer.default_layers(self.depth) if layers is None else layers
+        at = check_layers(at, self.depth)
+        if keep_rates is None:
+            layers = at
+        own = self.reducer.schedule(self.patches, self.prefix, at, self.depth)
+        given = [request for request in (keep_rate, keep_rates, tokens) if request is not None]
+        if macs is not None and given:
+            raise InputError(
+                "give macs (a budget), or keep rates or tokens, not both; "
+                "--config=FILE.py:keep_rate=None unsets a configuration's"
+            )
+        if macs is None and not given:
+            tokens = own
+        elif keep_rate != 1 and any(count is not None for count in own):
+            raise InputError(
+                f"{self.reducer} has a schedule of its own; leave out either that or the rates, "
+                "counts or budget (--config=FILE.py:keep_rate=None unsets a configuration's)"
+            )
+        planned = functools.partial(
+            token_plan,
+            self.patches,
+            self.depth,
+            layers=layers,
+            multiple_of=multiple_of,
+            prefix=self.prefix,
+            extra=self.reducer.extra,
+            smallest=lambda n: self.reducer.smallest(n, self.prefix),
+        )
+        if macs is not None:
+            keep_rate = rate_within(
+                macs, lambda rate: flops.macs(self.clone(keep=planned(keep_rate=rate)))
+            )
+        keep = planned(
+            keep_rate=keep_rate, keep_rates=keep_rates, tokens=tokens, remaining=remaining
+        )
+        early = [layer for layer, entry in enumerate(keep[:-1]) if entry is not None]
+        if self.reducer.site == "output" and early:
+            raise InputError(
+                f"{self.reducer} works after the last block, {self.depth - 1}, which is the only "
+                f"one that can be in its layers, got {early[0]}"
+            )
+        return keep
+
+    def rate_within(self, macs: float, **settings) -> float:
+        """The keep rate of `plan(macs=..., **settings)`."""
+        return rate_within(
+            macs,
+            lambda rate: flops.macs(self.clone(keep=self.plan(keep_rate=rate, **settings))),
+        )
+
+    def check(self) -> None:
+        """Raises InputError for impossible sizes, broken patches and heads that do not fit."""
+        for name in ("width", "depth", "num_heads", "num_classes"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} must be a whole number from 1 up, got {getattr(self, name)}"
+                )
+        for name in ("drop_path_rate", "dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        sides = zip(("height", "width"), self.image_size, self.patch_size, strict=True)
+        for side, image, patch in sides:
+            if image < patch:
+                raise InputError(f"image {side} {image} is smaller than a patch of {patch}")
+            if image % patch:
+                near = round(image / patch) * patch
+                raise InputError(
+                    f"image {side} {image} is not a multiple of the patch {side} {patch}; "
+                    f"the nearest that is: {near}"
+                )
+        if self.width % self.num_heads:
+            raise InputError(
+                f"width {self.width} does not divide into {self.num_heads} heads of equal width"
+            )
+        if self.reducer.site not in SITES:
+            raise InputError(
+                f"{self.reducer} works at the site {self.reducer.site!r}; there are "
+                f"{', '.join(SITES)}"
+            )
+
+    def check_images(self, images: jax.Array) -> None:
+        """Raises InputError for images of another size than the model's."""
+        if images.shape[1:] == (*self.image_size, 3):
+            return
+        size = images.shape[1:3] if images.ndim == 4 and images.shape[3] == 3 else None
+        hint = f"; build it with image_size={size} to change that" if size else ""
+        raise InputError(
+            f"this model takes images of shape (B, {self.image_size[0]}, {self.image_size[1]}, "
+            f"3), got {images.shape}{hint}"
+        )
+
+    def image_rngs(self, count: int, index: jax.Array | None) -> jax.Array:
+        """(B,) random keys, one per image, from the rng "dropout" and each image's place alone.
+
+        Args:
+          count: B, where `index` is None and the places are 0 to B - 1.
+          index: (B,) int32, places in the whole batch.
+        """
+        index = jnp.arange(count) if index is None else index
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), index)
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, index: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Applies the model; see `models.vit.ViT`."""
+        raise TypeError(f"{type(self).__name__} does not define how it is applied")

@@ -37,14 +37,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None) -
 
     queries = q.shape[2]
     own = jnp.einsum("bhqc,bhqc->bhq", q, k[:, :, :queries], **f32)[..., None]
+    lacking = 1.0 - weight[:, None, :queries, None]  # of a token's own weight
     visible = jnp.where(weight[:, None, None] > 0, logits, -jnp.inf)
-    top = jnp.maximum(jnp.max(visible, axis=-1, keepdims=True), own)
-    top = jax.lax.stop_gradient(top)
+    top = jnp.max(visible, axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.maximum(top, jnp.where(lacking > 0, own, -jnp.inf)))
     # A hidden key's logit may lie far above `top`, and its exp must not overflow.
     shifted = jnp.where(logits > top, 0.0, logits - top)
     unscaled = jnp.exp(shifted) * weight[:, None, None]
-    asking = weight[:, None, :queries, None]
-    rest = jnp.where(asking <= 1, 1 - asking, 0.0) * jnp.exp(own - top)  # no gradient at 1
+    own = jnp.exp(jnp.where(lacking >= 0, own - top, 0.0))
+    rest = jnp.where(lacking >= 0, lacking, 0.0) * own  # cancels the mask's gradient at 1
     total = jnp.sum(unscaled, axis=-1, keepdims=True) + rest
     y = jnp.einsum("bhqk,bhkc->bhqc", unscaled.astype(v.dtype), v, **f32)
     return (y + rest * v[:, :, :queries]) / total

@@ -140,7 +140,7 @@ def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_pa
     kill_when(lambda: any(p.name.isdigit() for p in {*checkpoints.iterdir()} - before), process)
     code, out, err = train(*line)
     assert code == 0, err
-    assert "going on from the checkpoint of step" in out
+    assert "resuming from the checkpoint of step" in out
     same_results(tmp_path, whole)
     step = figures(whole)[-1]["step"]
     assert Checkpoints(checkpoints).latest == Checkpoints(whole / "checkpoints").latest == step
@@ -158,11 +158,11 @@ def test_a_run_asked_to_end_saves_exits_and_has_lost_nothing(whole, tmp_path):
     process.send_signal(signal.SIGTERM)
     code, out, err = rest_of(process)
     assert code == 0, err
-    stopped = re.search(r"stopped after step (\d+), and saved; run the same line again", out)
+    stopped = re.search(r"stopped after step (\d+), and saved; rerun the same command", out)
     assert stopped, out
     code, out, err = train(*line)
     assert code == 0, err
-    assert f"going on from the checkpoint of step {stopped[1]} in" in out
+    assert f"resuming from the checkpoint of step {stopped[1]} in" in out
     same_results(tmp_path, whole)
 
 
@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_or_read_only_is_one_clear_line(tmp_path):
     code, _, err = train(DIGITS, f"--workdir={tmp_path / 'full'}", prefix=LIMITED)
     assert code == 1
     assert "error: could not save to" in err
-    assert "run the same line again" in err
+    assert "rerun the same command to resume" in err
     assert "Traceback" not in err
     (tmp_path / "file").write_text("")
     code, _, err = train(DIGITS, f"--workdir={tmp_path / 'file' / 'run'}")

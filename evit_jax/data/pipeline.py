@@ -23,9 +23,11 @@ from evit_jax.data.loader import Part, prepare
 from evit_jax.data.order import Order
 from evit_jax.data.randaugment import color_jitter, rand_augment
 from evit_jax.data.targets import Logits
-from evit_jax.errors import InputError, check_name
+from evit_jax.errors import InputError
 
-ROW = 100  # so many damaged images next to each other are more than damaged images
+# So many damaged images next to each other are more than damaged images.
+MAX_CONSECUTIVE_DAMAGED = 100
+HOST_ARRAYS = ("index", "damaged")  # of a batch; the devices have no use for them
 
 
 def train_view(
@@ -87,7 +89,7 @@ class TrainExample:
 
     def load(self, index: int) -> tuple[Image.Image, int, int]:
         """(decoded image, label, its index) of this image or of the first readable one after it."""
-        tries = min(ROW, len(self.source))
+        tries = min(MAX_CONSECUTIVE_DAMAGED, len(self.source))
         for number in range(index, index + tries):
             shown = number % len(self.source)
             element = self.source[shown]
@@ -133,6 +135,18 @@ class EvalExample:
             mask=np.bool_(mask),
             damaged=np.bool_(damaged),
         )
+
+
+def check_damaged(damaged: str) -> None:
+    """Raises InputError unless it is a way to treat damaged images."""
+    if damaged not in ("stop", "skip"):
+        raise InputError(f"data.damaged must be 'stop' or 'skip', got {damaged!r}")
+
+
+def split_host_arrays(batch: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
+    """A batch -> (what goes to the devices, what stays on the host: index and damaged)."""
+    host = {name: batch[name] for name in HOST_ARRAYS}
+    return {name: array for name, array in batch.items() if name not in HOST_ARRAYS}, host
 
 
 def train_batches(
@@ -182,7 +196,7 @@ def train_batches(
       the source; damaged (B,) bool, whether that image could not be read and another one is shown;
       and with logits those of the image shown as teacher (B, C) float32.
     """
-    check_name("way with damaged images", damaged, ("stop", "skip"))
+    check_damaged(damaged)
     if logits is not None and len(logits) != len(source):
         raise InputError(f"there are {len(logits):,} teacher's logits for {len(source):,} images")
     view = functools.partial(
@@ -228,7 +242,7 @@ def eval_batches(
       image, label, index as in training, mask (B,) bool, False for padding and damaged images, and
       damaged (B,) bool.
     """
-    check_name("way with damaged images", damaged, ("stop", "skip"))
+    check_damaged(damaged)
     example = EvalExample(source, tuple(size), crop, interpolation, skip=damaged == "skip")
     part = Part(example, batch_size, host=host, hosts=hosts)
     return prepare(part, -(-len(source) // batch_size), threads, workers)

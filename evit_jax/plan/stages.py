@@ -6,11 +6,11 @@ Nothing here knows of JAX; a plan comes from a function of the keep rate, or fro
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from evit_jax.errors import InputError
-from evit_jax.plan.counts import PLAN_FIELDS, Keep, check_rate
+from evit_jax.plan.counts import Keep, check_rate
 
 
 class Stage(NamedTuple):
@@ -57,7 +57,7 @@ def stages(
     for rung in range(rungs + 1):
         step, remaining = 0, 1 - rung / rungs
         if rung:
-            # (1 + cos(pi t / length)) / 2 is what is left of the fall after t steps.
+            # (1 + cos(pi t / length)) / 2 is what remains of the fall after t steps.
             middle = 1 - (rung - 0.5) / rungs
             step = start + math.ceil(length * math.acos(2 * middle - 1) / math.pi)
         if table and table[-1].step == step:
@@ -100,36 +100,50 @@ def stage_at(table: tuple[Stage, ...], step: int, seed: int = 0) -> Stage:
     return rows[random.Random(f"{seed} {step}").randrange(len(rows))]
 
 
-def open_table(model, config, to_steps: Callable[[float], int]) -> tuple[Stage, ...]:
+def open_table(
+    model,
+    plan: Mapping,
+    *,
+    start: int = 0,
+    length: int = 0,
+    rungs: int = 8,
+    rates: Sequence[float] = (),
+) -> tuple[Stage, ...]:
     """Which tokens are kept from which step on: a sandwich of rates, or the keep-rate warm-up.
 
     Args:
-      model: as trained in the end; its method `plan` counts tokens.
-      config: a run's, see configs/common.py.
-      to_steps: epochs -> steps.
+      model: as evaluated; its method `plan` counts tokens.
+      plan: `counts.PLAN_FIELDS` -> their values, the arguments of that method.
+      start, length, rungs: of the warm-up, see `stages`.
+      rates: of a sandwich, see `sandwich`; () for none.
 
     Raises:
       InputError: a sandwich beside settings whose place it takes.
     """
-    rates = {name: config.model[name] for name in PLAN_FIELDS}
-    by_rate = rates["keep_rates"] or rates["keep_rate"] or not any(model.keep)  # else by counts
+    if plan["macs"] is not None:
+        budget = {name: plan[name] for name in ("macs", "layers", "multiple_of")}
+        keep_rate = model.rate_within(**budget)
+    elif plan["keep_rates"] or plan["keep_rate"] or not any(model.keep):
+        keep_rate = min(plan["keep_rates"] or [plan["keep_rate"] or 1.0])
+    else:
+        keep_rate = None  # counts decide
     warmup = stages(
-        lambda remaining: model.plan(**rates, remaining=remaining),
-        min(rates["keep_rates"] or [rates["keep_rate"] or 1.0]) if by_rate else None,
-        start=to_steps(config.keep_warmup.start_epoch),
-        length=to_steps(config.keep_warmup.epochs),
-        rungs=config.keep_warmup.rungs,
+        lambda remaining: model.plan(**plan, remaining=remaining),
+        keep_rate,
+        start=start,
+        length=length,
+        rungs=rungs,
     )
-    if not config.sandwich:
+    if not rates:
         return warmup
-    if len(warmup) > 1 or any(rates[name] for name in ("keep_rates", "tokens", "macs")):
+    if len(warmup) > 1 or any(plan[name] for name in ("keep_rates", "tokens", "macs")):
         raise InputError("a sandwich takes the place of keep_warmup, keep_rates, tokens, macs")
-    return sandwich(lambda rate: plan_at(model, config, rate), config.sandwich)
+    return sandwich(lambda rate: plan_at(model, plan, rate), rates)
 
 
-def plan_at(model, config, rate: float) -> Keep:
+def plan_at(model, plan: Mapping, rate: float) -> Keep:
     """The run's plan with another keep rate."""
-    return model.plan(**{name: config.model[name] for name in PLAN_FIELDS} | dict(keep_rate=rate))
+    return model.plan(**{**plan, "keep_rate": rate})
 
 
 def completes(step: int, every: float, *, total: int) -> bool:
@@ -140,9 +154,9 @@ def completes(step: int, every: float, *, total: int) -> bool:
     return step == total or (every > 0 and step // every > (step - 1) // every)
 
 
-def variants(model, config) -> dict:
+def variants(model, plan: Mapping, rates: Sequence[float] = ()) -> dict:
     """Name -> model over the same parameters: each rate trained, or the one plan, and dense."""
-    plans = {f"{rate:g}": plan_at(model, config, rate) for rate in sorted(config.sandwich)}
+    plans = {f"{rate:g}": plan_at(model, plan, rate) for rate in sorted(rates)}
     plans = plans or dict(reduced=model.keep)
     reduced = {name: model.clone(keep=keep) for name, keep in plans.items() if any(keep)}
     return reduced | dict(dense=model.clone(keep=()))

@@ -55,7 +55,7 @@ class Programs:
         self.start(key)
         _, seconds = self.started[key].result()
         waited = time.perf_counter() - start
-        return f"compiled in {seconds:.1f} s, of which {waited:.1f} s were waited for"
+        return f"compiled in {seconds:.1f} s (blocked {waited:.1f} s)"
 
     def __getitem__(self, key) -> Callable:
         self.start(key)

@@ -48,7 +48,7 @@ class Stop:
     """Whether somebody wants the run to end: SIGTERM, or Ctrl-C once (twice ends it at once)."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.asks = False, 0
         signal.signal(signal.SIGINT, self.ask)
         if not jax.distributed.is_initialized():  # JAX's own handler spreads it over processes
             signal.signal(signal.SIGTERM, self.ask)
@@ -59,10 +59,11 @@ class Stop:
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer in all processes."""
+    def now(self) -> bool:
+        """Whether to stop here; the same answer in all processes, which ask at the same places."""
+        self.asks += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self.asks)
         return self.asked
 
 

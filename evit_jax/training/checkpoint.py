@@ -19,7 +19,7 @@ def top1(metrics: dict) -> float:
     return metrics["test_top1"]
 
 
-def hide_closed_loops(unraisable, otherwise=sys.unraisablehook) -> None:
+def silence_tensorstore(unraisable, otherwise=sys.unraisablehook) -> None:
     """An unraisablehook without TensorStore's noise after a failed save.
 
     What is left of that save reports to an event loop which Orbax has closed by then, a traceback
@@ -29,7 +29,7 @@ def hide_closed_loops(unraisable, otherwise=sys.unraisablehook) -> None:
         otherwise(unraisable)
 
 
-def not_of_orbax(record: logging.LogRecord) -> bool:
+def drop_orbax_logs(record: logging.LogRecord) -> bool:
     """A log filter: Orbax logs every part of a save, and what it raises once more as tracebacks.
 
     asyncio does the same for the other arrays of a failed save, whose folder has Orbax's name.
@@ -49,9 +49,9 @@ class Checkpoints:
         self.folder = os.path.abspath(folder)
         if read_only and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} does not exist")
-        sys.unraisablehook = hide_closed_loops
+        sys.unraisablehook = silence_tensorstore
         for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(not_of_orbax)
+            logging.getLogger(name).addFilter(drop_orbax_logs)
         # Without a policy for both, the best checkpoints would push out the latest one.
         keep = policies.AnyPreservationPolicy(
             [
@@ -73,8 +73,12 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
+    def has_scores(self, step: int) -> bool:
+        """Whether this step's checkpoint was saved with an evaluation."""
+        return os.path.exists(os.path.join(self.folder, str(step), "metrics"))
+
     def save(self, step: int, state: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts to save; the state may be changed or given up as soon as this returns.
+        """Starts to save; the state may be changed or donated as soon as this returns.
 
         Raises:
           InputError: this save, or the one before it, could not be written.
@@ -125,5 +129,5 @@ class Checkpoints:
             kept = f"the checkpoint of step {self.latest} is complete"
         return InputError(
             f"could not save to {self.folder} ({reason}); {kept}; "
-            "make room or permission there and run the same line again"
+            "make room or permission there and rerun the same command to resume"
         )

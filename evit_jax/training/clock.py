@@ -21,15 +21,15 @@ def age() -> float:
 
 
 class Startup:
-    """Seconds by part, in the order in which the parts end."""
+    """Seconds by part, in order."""
 
     def __init__(self):
         """Everything so far was importing."""
         self.last, self.parts = time.perf_counter() - age(), {}
-        self.ends("imports")
+        self.mark("imports")
 
-    def ends(self, part: str) -> None:
-        """What was done since the last part's end was this."""
+    def mark(self, part: str) -> None:
+        """Everything since the last mark was this part."""
         now = time.perf_counter()
         self.parts[part], self.last = now - self.last, now
 

@@ -10,6 +10,7 @@ tensorboard/   the same scalars, where the extra `tensorboard` is installed
 import json
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from evit_jax.storage import write_whole
@@ -25,14 +26,15 @@ class Recorder:
         are taken again, and so is a final line.
       total: the run's last step, for the progress bar (only on a terminal).
       active: False on all processes but the first.
+      train: the training images, whose names `see` says.
     """
 
-    def __init__(self, workdir: Path, *, step: int, total: int, active: bool = True):
+    def __init__(self, workdir: Path, *, step: int, total: int, active: bool = True, train=None):
         self.active, self.total = active, total
         self.bar = tqdm(
             total=total, initial=step, unit="step", leave=False, disable=None if active else True
         )
-        self.board, self.skipped = None, set()
+        self.train, self.board, self.skipped, self.damaged = train, None, set(), 0
         if not active:
             return
         path = workdir / "metrics.jsonl"
@@ -51,16 +53,24 @@ class Recorder:
         if self.active:
             tqdm.write(text)
 
-    def damaged(self, batch: dict, source) -> list[int]:
-        """Takes `index` and `damaged` out of a host batch; names images skipped for the first time.
+    def see(self, host: dict[str, np.ndarray], source=None) -> None:
+        """Counts the damaged images of a batch for the next line, and names the new ones.
 
-        Returns the places of the batch's images in the source.
+        Args:
+          host: what stays on the host of a batch, see `pipeline.split_host_arrays`.
+          source: what its indices count; default the training images.
         """
-        index, damaged = batch.pop("index"), batch.pop("damaged")
-        for name in {source[number]["name"] for number in index[damaged].tolist()} - self.skipped:
+        source = self.train if source is None else source
+        damaged = host["index"][host["damaged"]].tolist()
+        self.damaged += len(damaged)
+        for name in {source[number]["name"] for number in damaged} - self.skipped:
             self.skipped.add(name)  # also on other processes, which have images of their own
             tqdm.write(f"skipped damaged image {len(self.skipped)}: {name}")
-        return index.tolist()
+
+    def count_damaged(self) -> dict[str, int]:
+        """`damaged_images` of this process since the last call, nothing where there were none."""
+        count, self.damaged = self.damaged, 0
+        return dict(damaged_images=count) if count else {}
 
     def write(self, figures: dict) -> None:
         """Figures, `step` and `epoch` among them: a JSON line, TensorBoard scalars, a log line."""

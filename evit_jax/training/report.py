@@ -2,6 +2,7 @@
 """What a run prints about its model: the dry run before it and the table after it."""
 
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -140,3 +141,21 @@ def stage_table(model, stages, *, steps_per_epoch: int) -> str:
             tokens = runs(variant.tokens_per_block)
             rows.append([when, rate, tokens, f"{macs(variant) / 1e9:.4g}"])
     return table(rows)
+
+
+def size_line(params: dict, train_images: int, test_images: int, total_steps: int) -> str:
+    """What a run is about to do, and where."""
+    return (
+        f"{count_of(params):,} parameters, {train_images:,} training images, "
+        f"{test_images:,} test images, {total_steps:,} steps on {jax.device_count()} "
+        f"{jax.default_backend()} device(s) of {jax.process_count()} process(es)"
+    )
+
+
+def what_next(workdir: Path) -> str:
+    """What to try with a finished run."""
+    return (
+        "what to try next:\n"
+        f"  python -m evit_jax.tools.evaluate --workdir={workdir} --keep_rate=1,0.9,0.7,0.5\n"
+        f"  python -m evit_jax.tools.visualize --workdir={workdir} --out=patches.png"
+    )

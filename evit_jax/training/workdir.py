@@ -18,7 +18,7 @@ from evit_jax.storage import write_whole
 FREE = ("run.", "data.dir", "data.cache", "model.remat", "dry_run")
 
 
-def claim(workdir: Path, config: dict, *, write: bool = True) -> None:
+def open_workdir(workdir: Path, config: dict, *, write: bool = True) -> None:
     """Makes `workdir` the folder of the run with this recipe, or checks that it is.
 
     Of several processes one does the writing; all of them check.

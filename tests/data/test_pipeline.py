@@ -11,7 +11,7 @@ from PIL import Image
 from evit_jax.data import open_source
 from evit_jax.data.augment import centre_crop, random_box, random_resized_crop
 from evit_jax.data.order import Order
-from evit_jax.data.pipeline import eval_batches, train_batches
+from evit_jax.data.pipeline import eval_batches, split_host_arrays, train_batches
 from evit_jax.data.randaugment import color_jitter, rand_augment
 from evit_jax.errors import InputError
 from tests.data.test_sources import jpeg, make_folder
@@ -230,7 +230,7 @@ def test_a_folder_of_damaged_images_ends_the_run(tmp_path):
     source = open_source("folder", "train", str(root))
     with pytest.raises(InputError, match=r"4 images in a row cannot be read; the last: .*/train/"):
         take(1, source, batch_size=2, damaged="skip")
-    with pytest.raises(InputError, match=r"unknown way with damaged images 'ignore'"):
+    with pytest.raises(InputError, match=r"data.damaged must be 'stop' or 'skip', got 'ignore'"):
         take(1, source, batch_size=2, damaged="ignore")
 
 
@@ -282,3 +282,10 @@ def test_a_photo_is_resized_to_256_and_its_longer_side_rounded_down():
 
     centre_crop(Spy(), size=(224, 224), crop=0.875, interpolation="bicubic")
     assert seen == dict(size=(341, 256), box=(58, 16, 282, 240))
+
+
+def test_what_the_devices_do_not_need_stays_on_the_host():
+    batch = dict(image=np.zeros(2), label=np.ones(2), index=np.arange(2), damaged=np.zeros(2, bool))
+    devices, host = split_host_arrays(batch)
+    assert set(devices) == {"image", "label"}
+    assert set(host) == {"index", "damaged"}

@@ -6,7 +6,8 @@ import pytest
 from configs import common
 from evit_jax.errors import InputError
 from evit_jax.models import build_model
-from evit_jax.plan.counts import token_plan
+from evit_jax.plan.counts import PLAN_FIELDS, token_plan
+from evit_jax.plan.flops import macs
 from evit_jax.plan.stages import completes, open_table, sandwich, stage_at, stages, variants
 
 SIZES = dict(image_size=(16, 16), patch_size=4, width=8, depth=3, num_heads=2, num_classes=3)
@@ -83,30 +84,35 @@ def test_a_sandwich_trains_the_largest_the_smallest_and_one_between():
 
 
 def run_of(**changes) -> tuple:
-    """(model, config) of a small run at keep rate 0.5."""
+    """(model, its plan) of a small run at keep rate 0.5."""
     config = common.get_config().unlock()
-    config.model.update(SIZES | dict(name="vit", keep_rate=0.5, layers=(1,)))
-    config.update_from_flattened_dict(changes)
-    return build_model(**config.model), config
-
-
-def to_steps(epochs):
-    return round(10 * epochs)
+    config.model.update(SIZES | dict(name="vit", keep_rate=0.5, layers=(1,)) | changes)
+    return build_model(**config.model), {name: config.model[name] for name in PLAN_FIELDS}
 
 
 def test_a_warm_up_falls_to_the_target():
-    table = open_table(*run_of(**{"keep_warmup.epochs": 2.0, "keep_warmup.rungs": 2}), to_steps)
+    table = open_table(*run_of(), length=20, rungs=2)
     assert [stage.keep_rate for stage in table] == [1.0, 0.75, 0.5]
     assert [stage.keep[1] for stage in table] == [None, 12, 8]
     assert 0 < table[1].step < table[2].step <= 20
 
 
+def test_a_run_planned_by_macs_logs_the_rate_that_it_found():
+    model, plan = run_of(keep_rate=None)
+    budget = macs(model.clone(keep=model.plan(keep_rate=0.5, layers=(1,))))
+    model, plan = run_of(keep_rate=None, macs=float(budget))
+    (stage,) = open_table(model, plan)
+    assert stage.keep == model.keep == model.plan(keep_rate=0.5, layers=(1,))
+    assert stage.keep_rate == pytest.approx(0.5, abs=0.07)  # the largest with the same counts
+    assert model.plan(keep_rate=stage.keep_rate, layers=(1,)) == stage.keep
+
+
 def test_a_sandwich_is_one_stage_for_each_rate_between_and_excludes_a_warm_up():
-    table = open_table(*run_of(sandwich=(1.0, 0.75, 0.5)), to_steps)
+    table = open_table(*run_of(), rates=(1.0, 0.75, 0.5))
     assert [(stage.step, stage.keep[1]) for stage in table] == [(0, None)]
     assert [keep[1] for keep in table[0].others] == [12, 8]
     with pytest.raises(InputError, match="takes the place of keep_warmup"):
-        open_table(*run_of(**{"sandwich": (1.0, 0.5), "keep_warmup.epochs": 1.0}), to_steps)
+        open_table(*run_of(), rates=(1.0, 0.5), length=10)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,7 @@ def test_stretches_end_at_the_step_that_fills_them(every, ends):
 
 def test_what_is_compared_is_every_rate_trained_and_dense():
     assert list(variants(*run_of())) == ["reduced", "dense"]
-    models = variants(*run_of(sandwich=(1.0, 0.75, 0.5)))
+    models = variants(*run_of(), (1.0, 0.75, 0.5))
     assert {name: any(model.keep) for name, model in models.items()} == {
         "0.5": True, "0.75": True, "dense": False,
     }  # fmt: skip

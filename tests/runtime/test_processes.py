@@ -28,7 +28,7 @@ def test_processes_that_are_asked_to_end_save_together_and_one_goes_on(tmp_path)
 
     code, out, err = train(*line)
     assert code == 0, err
-    assert f"going on from the checkpoint of step {stopped} in" in out
+    assert f"resuming from the checkpoint of step {stopped} in" in out
     assert "2 cpu device(s) of 1 process(es)" in out
     assert [entry["step"] for entry in figures(tmp_path) if "lr" in entry] == list(range(5, 46, 5))
 

@@ -82,7 +82,7 @@ def main():
             out, _ = finish(line)
             if number == signal.SIGTERM:
                 assert status == 0
-                assert f"going on from the checkpoint of step {stopped} in" in out, (stopped, out)
+                assert f"resuming from the checkpoint of step {stopped} in" in out, (stopped, out)
             jax.tree.map(np.testing.assert_array_equal, state_of(workdir), expected)
             same_results(workdir, whole)
             shutil.rmtree(workdir)

@@ -32,8 +32,8 @@ def test_parts_add_up_and_are_reported_once(monkeypatch):
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(clock, "age", lambda: 1.5)
     start = Startup()
-    start.ends("state")
-    start.ends("first step")
+    start.mark("state")
+    start.mark("first step")
     assert start.line() == (
         "first step done 4.5 s after the start: imports 1.5, state 2.5, first step 0.5"
     )

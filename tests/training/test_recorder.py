@@ -7,7 +7,7 @@ import pytest
 from evit_jax.errors import InputError
 from evit_jax.spec import flatten
 from evit_jax.training.recorder import Recorder
-from evit_jax.training.workdir import broken, claim
+from evit_jax.training.workdir import broken, open_workdir
 
 CONFIG = dict(seed=0, model=dict(keep_rate=0.7, layers=(1, 2)), run=dict(log_every=5))
 
@@ -52,38 +52,40 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 
 
 def test_a_workdir_belongs_to_one_recipe(tmp_path):
-    claim(tmp_path, CONFIG)
-    claim(tmp_path, CONFIG)
-    claim(tmp_path, CONFIG | dict(run=dict(log_every=50)))  # no result depends on it
+    open_workdir(tmp_path, CONFIG)
+    open_workdir(tmp_path, CONFIG)
+    open_workdir(tmp_path, CONFIG | dict(run=dict(log_every=50)))  # no result depends on it
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     other = CONFIG | dict(model=dict(keep_rate=0.5, layers=(1, 2)))
     with pytest.raises(InputError, match=r"model.keep_rate is 0.7 there and 0.5 here; use another"):
-        claim(tmp_path, other)
+        open_workdir(tmp_path, other)
 
 
 def test_a_recipe_may_change_until_something_is_saved(tmp_path):
-    claim(tmp_path, CONFIG)
+    open_workdir(tmp_path, CONFIG)
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
-    claim(tmp_path, CONFIG | dict(seed=1))
+    open_workdir(tmp_path, CONFIG | dict(seed=1))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
 def test_of_several_processes_one_writes_and_all_check(tmp_path):
-    claim(tmp_path / "run", CONFIG, write=False)
+    open_workdir(tmp_path / "run", CONFIG, write=False)
     assert not (tmp_path / "run").exists()
-    claim(tmp_path, CONFIG)
+    open_workdir(tmp_path, CONFIG)
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(InputError, match="seed is 0 there and 1 here"):
-        claim(tmp_path, CONFIG | dict(seed=1), write=False)
+        open_workdir(tmp_path, CONFIG | dict(seed=1), write=False)
 
 
 def test_a_damaged_image_is_named_once(tmp_path, capsys):
-    recorder = Recorder(tmp_path, step=0, total=1)
     source = {3: dict(name="a/3.jpg"), 7: dict(name="a/7.jpg")}
+    recorder = Recorder(tmp_path, step=0, total=1, train=source)
     for damaged in ([True, False], [True, True], [False, True]):
-        batch = dict(image="pixels", index=np.array([3, 7]), damaged=np.array(damaged))
-        assert recorder.damaged(batch, source) == [3, 7]
-        assert batch == dict(image="pixels")
+        recorder.see(dict(index=np.array([3, 7]), damaged=np.array(damaged)))
+    assert recorder.count_damaged() == dict(damaged_images=4)
+    assert recorder.count_damaged() == {}
+    recorder.see(dict(index=np.array([0]), damaged=np.array([True])), {0: dict(name="a/3.jpg")})
+    assert recorder.count_damaged() == dict(damaged_images=1)
     recorder.close()
     assert capsys.readouterr().out.splitlines() == [
         "skipped damaged image 1: a/3.jpg",
@@ -106,13 +108,13 @@ def test_a_step_that_is_not_finite_is_told_with_all_one_needs(tmp_path):
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json is damaged"):
-        claim(tmp_path, CONFIG)
+        open_workdir(tmp_path, CONFIG)
 
 
 def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match=r"no config.json"):
-        claim(tmp_path, CONFIG)
+        open_workdir(tmp_path, CONFIG)
 
 
 def test_flatten_names_nested_keys_with_dots():

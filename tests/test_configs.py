@@ -71,8 +71,10 @@ def test_a_budget_and_multiples_are_fields_that_training_follows(tmp_path):
     fields = dict(load("digits", "debug,keep_rate=None").model)
     model = build_model(**fields | dict(macs=2.4e6, multiple_of=4))
     stages = [line.split() for line in out.split("GMACs")[1].splitlines()[2:5]]
-    assert stages[0][1:3] == ["65", "x4"]
-    assert stages[2][1:-1] == tables.runs(model.tokens_per_block).split()
+    assert stages[0][1:4] == ["1", "65", "x4"]
+    assert stages[2][2:-1] == tables.runs(model.tokens_per_block).split()
+    found = model.rate_within(macs=2.4e6, layers=fields["layers"], multiple_of=4)
+    assert float(stages[2][1]) == pytest.approx(found, abs=5e-4)  # the rate that was found
     assert float(stages[2][-1]) == pytest.approx(macs(model) / 1e9, rel=1e-3)
     code, _, err = train(*budget, "--config.sandwich=(1.0,0.5)", f"--workdir={tmp_path}")
     assert (code, err.count("\n")) == (1, 1)

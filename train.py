@@ -285,7 +285,7 @@ def main() -> None:
     params = steps.eval_params(state)
     seconds = timing.take_turns(
         {name: functools.partial(eval_step(variants[name]), params, batch) for name in variants},
-        seconds=0.2 if hosts == 1 else 0,  # processes have to make the same calls
+        seconds=config.run.turn_seconds if hosts == 1 else 0,  # processes have to make the same calls
     )
     rows = {
         name: dict(tokens=variant.tokens_per_block, macs=macs(variant))

@@ -26,7 +26,7 @@ OFTEN = ["--config.run.checkpoint_every=0.2", "--config.run.log_every=7"]
 
 
 def start(*arguments, prefix=(), **more):
-    environment = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2", **more)
+    environment = os.environ | dict(JAX_NUM_CPU_DEVICES="2") | more
     return subprocess.Popen(
         [*prefix, sys.executable, "train.py", *map(str, arguments)],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -285,7 +285,8 @@ def main() -> None:
     params = steps.eval_params(state)
     seconds = timing.take_turns(
         {name: functools.partial(eval_step(variants[name]), params, batch) for name in variants},
-        seconds=config.run.turn_seconds if hosts == 1 else 0,  # processes have to make the same calls
+        # Processes have to make the same calls.
+        seconds=config.run.turn_seconds if hosts == 1 else 0,
     )
     rows = {
         name: dict(tokens=variant.tokens_per_block, macs=macs(variant))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One session for all tests: four virtual CPU devices, strict ranks, programs compiled once.
 
-A plain run leaves out the tests marked `slow` and has XLA compile quickly; with --slow all tests
-run, and what they compile is optimized as it is for users.
+A plain run leaves out the tests marked `slow`, --slow runs all. XLA is told to compile quickly;
+with --optimized programs are those that users get. `.ci/run` does all of it.
 """
 
 import os
@@ -40,15 +40,15 @@ PROBE = "from jaxlib import _jax; _jax.CompileOptions().executable_build_options
 
 
 def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run all tests, also those marked slow")
     parser.addoption(
-        "--slow", action="store_true",
-        help="run all tests, also those marked slow, and optimize programs as users have them",
-    )  # fmt: skip
+        "--optimized", action="store_true", help="optimize programs as for users, in twice the time"
+    )
 
 
 def pytest_configure(config):
     # Before anything is compiled. Workers and the processes that tests start inherit it.
-    if not config.getoption("slow") and QUICK not in os.environ.get("XLA_FLAGS", ""):
+    if not config.getoption("optimized") and QUICK not in os.environ.get("XLA_FLAGS", ""):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
         probe = [sys.executable, "-c", PROBE]
         environment = os.environ | dict(XLA_FLAGS=flags)
@@ -83,6 +83,5 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(
-            f"{count} slow tests left out, programs compiled quickly; python -m pytest --slow "
-            "runs all of them, with programs optimized as users have them"
+            f"{count} slow tests were left out; python -m pytest --slow runs them too"
         )

@@ -212,7 +212,8 @@ def main() -> None:
             name: functools.partial(evaluate.program(variant), params, batch)
             for name, variant in variants.items()
         },
-        seconds=0.2 if jax.process_count() == 1 else 0,  # processes have to make the same calls
+        # Processes have to make the same calls.
+        seconds=config.run.turn_seconds if jax.process_count() == 1 else 0,
     )
     rows = {}
     for name, variant in variants.items():

@@ -39,5 +39,5 @@ def get_config(text: str = ""):
             config.epochs = 1.0
             config.model.update(width=48, depth=4)
             config.data.name = "synthetic"
-            config.run.log_every = 4
+            config.run.update(log_every=4, turn_seconds=0.01)
     return config

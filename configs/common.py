@@ -104,5 +104,6 @@ def get_config() -> ConfigDict:
     config.run.eval_every = 1.0  # epochs; 0: only at the end
     config.run.checkpoint_every = 1.0  # epochs; 0: only at the end
     config.run.threads = 0  # that decode images; 0: one per processor
+    config.run.turn_seconds = 0.2  # of each of the ten turns that time the finished model
     config.run.workers = 0  # processes that do it instead, for many processors
     return config.lock()

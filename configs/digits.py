@@ -38,5 +38,6 @@ def get_config(text: str = ""):
 
         if chosen["debug"]:
             config.epochs = 2.0
+            config.run.turn_seconds = 0.01
             config.model.update(width=32, depth=4, layers=(1, 2) if chosen["keep_rate"] else None)
     return config

@@ -55,7 +55,7 @@ def shrink(config) -> None:
             config.keep_warmup.update(start_epoch=0.1, epochs=0.2, rungs=2)
         config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 0.1)
         config.data.name = "synthetic"
-        config.run.update(test_batch_size=16, log_every=4)
+        config.run.update(test_batch_size=16, log_every=4, turn_seconds=0.01)
 
 
 def get_config(text: str = ""):

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One session for all tests: four virtual CPU devices, strict ranks, programs compiled once."""
+"""One session for all tests: four virtual CPU devices, strict ranks, programs compiled once.
+
+A plain run leaves out the tests marked `slow`, --slow runs all. XLA is told to compile quickly;
+with --optimized programs are those that users get. `.ci/run` does all of it.
+"""
 
 import os
+import subprocess
+import sys
 import tempfile
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,3 +31,57 @@ for name, value in settings.items():
     os.environ[name.upper()] = str(value)
 # What another process is still writing, or a full disk cut off, is compiled, without a word.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache"
+
+# Compiling is most of the time of the tests, whose programs run for milliseconds: a training step
+# is compiled six times as fast like this.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Ends at once, by XLA's own hand, where a version no longer knows one of these flags.
+PROBE = "from jaxlib import _jax; _jax.CompileOptions().executable_build_options.debug_options"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run all tests, also those marked slow")
+    parser.addoption(
+        "--optimized", action="store_true", help="optimize programs as for users, in twice the time"
+    )
+
+
+def pytest_configure(config):
+    # Before anything is compiled. Workers and the processes that tests start inherit it.
+    if not config.getoption("optimized") and QUICK not in os.environ.get("XLA_FLAGS", ""):
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+        probe = [sys.executable, "-c", PROBE]
+        environment = os.environ | dict(XLA_FLAGS=flags)
+        if subprocess.run(probe, env=environment, stderr=subprocess.DEVNULL).returncode == 0:
+            os.environ["XLA_FLAGS"] = flags
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves slow tests out, but for those that the command line names one by one."""
+    if config.getoption("slow") or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+    config.stash[LEFT_OUT] = len(slow)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker's way to tell the first process
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    config, left_out = node.config, getattr(node, "workeroutput", {}).get("left_out", 0)
+    config.stash[LEFT_OUT] = max(left_out, config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{count} slow tests were left out; python -m pytest --slow runs them too"
+        )

@@ -22,11 +22,11 @@ from tests.data.test_sources import jpeg, make_folder
 ROOT = Path(__file__).parents[1]
 DIGITS = "--config=configs/digits.py:debug"
 LIMITED = ["sh", "-c", 'ulimit -f 150; exec "$@"', "sh"]  # files of 75 to 150 KB at most
-OFTEN = ["--config.run.checkpoint_every=0.2", "--config.run.log_every=7"]
+OFTEN = ["--config.epochs=1.0", "--config.run.checkpoint_every=0.2", "--config.run.log_every=7"]
 
 
 def start(*arguments, prefix=(), **more):
-    environment = os.environ | dict(XLA_FLAGS="--xla_force_host_platform_device_count=2", **more)
+    environment = os.environ | dict(JAX_NUM_CPU_DEVICES="2") | more
     return subprocess.Popen(
         [*prefix, sys.executable, "train.py", *map(str, arguments)],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -67,7 +67,15 @@ def same_results(a, b):
     assert untimed(figures(a)) == untimed(figures(b))
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "evit_deit_s", "evit_deit_finetune"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        "cifar10",
+        pytest.param("evit_deit_s", marks=pytest.mark.slow),
+        pytest.param("evit_deit_finetune", marks=pytest.mark.slow),
+    ],
+)
 def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     code, out, err = train(
         f"--config=configs/{name}.py:debug", f"--workdir={tmp_path}", JAX_LOG_COMPILES="1"
@@ -90,6 +98,7 @@ def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):
     assert out.count("compiled in") == (3 if name == "evit_deit_s" else 1)
 
 
+@pytest.mark.slow
 def test_a_log_line_is_the_mean_since_the_last_one_at_the_rate_of_its_step(tmp_path):
     lines = {}
     for every in (1, 3):
@@ -151,6 +160,7 @@ def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_end_saves_exits_and_has_lost_nothing(whole, tmp_path):
     line = [DIGITS, f"--workdir={tmp_path}", *OFTEN]
     process = start(*line)
@@ -187,6 +197,7 @@ def test_figures_that_are_not_finite_end_the_run_with_step_checkpoint_and_images
     assert f"images are number {record['indices'][0]}, " in err
 
 
+@pytest.mark.slow
 def test_one_checkpoint_is_trained_for_many_rates(tmp_path):
     code, out, err = train(
         DIGITS, f"--workdir={tmp_path}", "--config.sandwich=(1.0, 0.8, 0.6, 0.4)",
@@ -204,6 +215,7 @@ def test_one_checkpoint_is_trained_for_many_rates(tmp_path):
         assert rate in out
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights_and_distils_stored_logits(whole, tmp_path):
     weights, logits = tmp_path / "weights.safetensors", tmp_path / "logits.npy"
     subprocess.run(
@@ -273,6 +285,7 @@ def test_a_broken_photo_stops_the_run_naming_it(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only_is_one_clear_line(tmp_path):
     # The kernel refuses to write further, as on a full disk.
     code, _, err = train(DIGITS, f"--workdir={tmp_path / 'full'}", prefix=LIMITED)

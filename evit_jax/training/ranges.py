@@ -44,6 +44,7 @@ RANGES = {
     "run.eval_every": (0, LARGEST),
     "run.checkpoint_every": (0, LARGEST),
     "run.threads": (0, 1024),
+    "run.turn_seconds": (0, 3600),
     "run.workers": (0, 1024),
 }
 

@@ -50,11 +50,11 @@ def assert_same_run(losses, grads, alone):
 @pytest.mark.parametrize(
     ("mode", "accumulate"),
     [
-        ("jit on one device", 4),
+        pytest.param("jit on one device", 4, marks=pytest.mark.slow),
         ("jit", 1),
-        ("jit", 4),
+        pytest.param("jit", 4, marks=pytest.mark.slow),
         ("jit with sharded state", 1),
-        ("pmap", 1),
+        pytest.param("pmap", 1, marks=pytest.mark.slow),
         ("pmap", 4),
     ],
 )
@@ -71,7 +71,7 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_two_processes_of_two_devices_are_one_run(mode, alone, tmp_path):
     address = free_address()
     out = tmp_path / "out.npz"
@@ -90,6 +90,7 @@ def test_two_processes_of_two_devices_are_one_run(mode, alone, tmp_path):
         assert_same_run(figures["losses"], figures["grads"], alone)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices_and_another_mode(alone, tmp_path):
     losses, grads, state = follow(MODES["jit on one device"](), last=8)
     for number, name in enumerate(["jit with sharded state", "pmap"]):

@@ -12,6 +12,7 @@ from tests.runtime.test_parallel import free_address
 from tests.test_train import DIGITS, figures, rest_of, start, train, wait_for
 
 
+@pytest.mark.slow
 def test_processes_that_are_asked_to_end_save_together_and_one_goes_on(tmp_path):
     line = [DIGITS, f"--workdir={tmp_path}", "--config.run.log_every=5", "--config.epochs=1"]
     address = free_address()
@@ -33,6 +34,7 @@ def test_processes_that_are_asked_to_end_save_together_and_one_goes_on(tmp_path)
     assert [entry["step"] for entry in figures(tmp_path) if "lr" in entry] == list(range(5, 46, 5))
 
 
+@pytest.mark.slow
 def test_one_process_that_fails_takes_the_others_with_it(tmp_path):
     root = make_folder(tmp_path / "data", count=8)
     line = ["--config=configs/cifar10.py:debug", "--config.data.name=folder",

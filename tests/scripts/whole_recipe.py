@@ -15,7 +15,7 @@ import numpy as np
 from evit_jax.data import open_source, pipeline
 from evit_jax.models import build_model, init_params
 from evit_jax.models.card import Preprocessing
-from evit_jax.runtime import parallel
+from evit_jax.runtime import parallel, processes
 from evit_jax.training import optim, steps
 from evit_jax.training.mix import Mix
 
@@ -95,8 +95,8 @@ def compare():
 if __name__ == "__main__" and len(sys.argv) == 1:
     compare()
 elif __name__ == "__main__":
-    mode, accumulate, processes, out = sys.argv[1:]
-    processes.start_processes(processes)
+    mode, accumulate, address, out = sys.argv[1:]
+    processes.start_processes(address)
     losses, grads, _ = follow(parallel.choose(mode), accumulate=int(accumulate))
     if jax.process_index() == 0:
         np.savez(out, losses=losses, grads=grads)

@@ -6,7 +6,6 @@ down to one that it imports. Rooms stand on the floors of tests/test_layout.py, 
 bottom, so a line that went up would show. The last line of standard output counts both.
 """
 
-import ast
 import sys
 from pathlib import Path
 
@@ -48,41 +47,41 @@ def rooms_and_imports() -> tuple[dict[str, list[Path]], set[tuple[str, str]]]:
 
 
 def places(rooms: dict[str, list[Path]]) -> tuple[dict[str, tuple[int, int]], tuple[int, int]]:
-    """(room -> centre of its box, size of the picture), in pixels."""
+    """(room -> center of its box, size of the picture), in pixels."""
     floors = [sorted(floor & rooms.keys()) for floor in FLOORS]
     floors[-1].append("train.py")
     width = max(map(len, floors)) * (BOX[0] + GAP) + 2 * MARGIN
     height = len(floors) * FLOOR_HEIGHT + 2 * MARGIN
-    centres = {}
+    centers = {}
     for number, floor in enumerate(floors):
         y = height - MARGIN - FLOOR_HEIGHT // 2 - number * FLOOR_HEIGHT
         step = (width - 2 * MARGIN) / len(floor)
+        # Rooms alone on their floor stand left and right in turn, out of the others' lines.
+        shift = (number % 2 * 2 - 1) * width // 4 if len(floor) == 1 and number else 0
         for place, room in enumerate(floor):
-            # Floors with few rooms are shifted a little, so that lines do not run through boxes.
-            shift = (number % 2 * 2 - 1) * GAP / 2 if len(floor) < 4 else 0
-            centres[room] = round(MARGIN + (place + 0.5) * step + shift), y
-    return centres, (width, height)
+            centers[room] = round(MARGIN + (place + 0.5) * step) + shift, y
+    return centers, (width, height)
 
 
 def draw(rooms: dict[str, list[Path]], pairs: set[tuple[str, str]]) -> Image.Image:
-    centres, size = places(rooms)
+    centers, size = places(rooms)
     image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), PAPER)
     canvas = ImageDraw.Draw(image)
     for number in range(0, len(FLOORS), 2):
         top = size[1] - MARGIN - (number + 1) * FLOOR_HEIGHT
         box = [0, top * SCALE, size[0] * SCALE, (top + FLOOR_HEIGHT) * SCALE]
         canvas.rectangle(box, WALL)
-    for number, room in enumerate(centres):
-        below = sorted((b for a, b in pairs if a == room), key=lambda b: centres[b][0])
+    for number, room in enumerate(centers):
+        below = sorted((b for a, b in pairs if a == room), key=lambda b: centers[b][0])
         colour = COLOURS[number % len(COLOURS)]
         for place, target in enumerate(below):
-            (x, y), (to_x, to_y) = centres[room], centres[target]
+            (x, y), (to_x, to_y) = centers[room], centers[target]
             x += (place + 1) * BOX[0] / (len(below) + 1) - BOX[0] / 2  # each its own door
-            into = sorted((a for a, b in pairs if b == target), key=lambda a: centres[a][0])
+            into = sorted((a for a, b in pairs if b == target), key=lambda a: centers[a][0])
             to_x += (into.index(room) + 1) * BOX[0] / (len(into) + 1) - BOX[0] / 2
             line = [x, y + BOX[1] / 2, to_x, to_y - BOX[1] / 2]
             canvas.line([value * SCALE for value in line], colour, SCALE)
-    for room, (x, y) in centres.items():
+    for room, (x, y) in centers.items():
         left, top = x - BOX[0] // 2, y - BOX[1] // 2
         box = [left * SCALE, top * SCALE, (left + BOX[0]) * SCALE, (top + BOX[1]) * SCALE]
         canvas.rounded_rectangle(box, 6 * SCALE, PAPER, INK, SCALE)
@@ -94,21 +93,8 @@ def draw(rooms: dict[str, list[Path]], pairs: set[tuple[str, str]]) -> Image.Ima
     return image
 
 
-def longest_functions(count: int) -> list[tuple[int, str]]:
-    """(lines, file and name) of the functions with the most lines, docstrings among them."""
-    found = []
-    for path in [*FILES, ROOT / "train.py"]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                lines = node.end_lineno - node.lineno + 1
-                found.append((lines, f"{path.relative_to(ROOT)}:{node.name}"))
-    return sorted(found, reverse=True)[:count]
-
-
 if __name__ == "__main__":
     rooms, pairs = rooms_and_imports()
     draw(rooms, pairs).save(sys.argv[1], optimize=True)
-    for lines, name in longest_functions(10):
-        print(f"{lines:4} {name}")
     upward = [pair for pair in pairs if FLOOR[pair[1]] >= FLOOR.get(pair[0], len(FLOORS))]
     print(f"{len(rooms)} rooms, {len(pairs)} imports, {len(upward)} of them not down")

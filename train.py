@@ -9,7 +9,6 @@ Rerun the same command to resume from the last checkpoint.
 import contextlib
 import functools
 import json
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -25,6 +24,7 @@ from evit_jax.plan.flops import macs
 from evit_jax.runtime import parallel, processes
 from evit_jax.runtime.background import Prefetch
 from evit_jax.spec import flatten
+from evit_jax.storage import as_path
 from evit_jax.training import metrics, optim, report, steps
 from evit_jax.training.clock import Clock, Startup
 from evit_jax.training.evaluation import Evaluator
@@ -123,7 +123,7 @@ def main() -> None:
         raise InputError("new_head is for --config.weights=FILE; without them all is initialized")
     if not WORKDIR.value:
         raise InputError("--workdir=DIR is missing: where checkpoints, metrics and events go")
-    workdir = Path(WORKDIR.value).expanduser().absolute()
+    workdir = as_path(WORKDIR.value)
     profile = Profile(PROFILE.value, workdir)
     open_workdir(workdir, json.loads(config.to_json()), write=first_process)
     startup.mark("model and data")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only file that knows Orbax: checkpoints of the training state, the latest and the best."""
 
+import contextlib
 import logging
-import os
 import re
 import sys
 
@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from evit_jax.errors import InputError
+from evit_jax.storage import as_path, explained
 
 policies = ocp.checkpoint_managers.preservation_policy
 
@@ -46,9 +47,10 @@ class Checkpoints:
 
     def __init__(self, folder: str, *, read_only: bool = False):
         """Opens or makes the folder; `read_only` leaves a run that is writing there alone."""
-        self.folder = os.path.abspath(folder)
-        if read_only and not os.path.isdir(self.folder):
-            raise InputError(f"{self.folder} does not exist")
+        self.folder = as_path(folder)
+        with explained(self.folder):
+            if read_only and not self.folder.is_dir():
+                raise InputError(f"{self.folder} does not exist")
         sys.unraisablehook = silence_tensorstore
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(drop_orbax_logs)
@@ -66,7 +68,8 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with explained(self.folder):
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -75,7 +78,8 @@ class Checkpoints:
 
     def has_scores(self, step: int) -> bool:
         """Whether this step's checkpoint was saved with an evaluation."""
-        return os.path.exists(os.path.join(self.folder, str(step), "metrics"))
+        with explained(self.folder):
+            return (self.folder / str(step) / "metrics").exists()
 
     def save(self, step: int, state: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts to save; the state may be changed or donated as soon as this returns.
@@ -95,7 +99,8 @@ class Checkpoints:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return self.manager.restore(self.latest, args=args)["state"]
+        with explained(self.folder):
+            return self.manager.restore(self.latest, args=args)["state"]
 
     def load(self) -> dict:
         """The newest checkpoint as nested dicts of NumPy arrays, without knowing its structure.
@@ -105,11 +110,11 @@ class Checkpoints:
         """
         if self.latest is None:
             raise InputError(f"{self.folder} has no complete checkpoint")
-        folder = os.path.join(self.folder, str(self.latest), "state")
-        checkpointer = ocp.PyTreeCheckpointer()
-        item = checkpointer.metadata(folder).item_metadata.tree
-        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        return checkpointer.restore(folder, restore_args=numpy)
+        folder, checkpointer = self.folder / str(self.latest) / "state", ocp.PyTreeCheckpointer()
+        with explained(self.folder):
+            item = checkpointer.metadata(folder).item_metadata.tree
+            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            return checkpointer.restore(folder, restore_args=numpy)
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises InputError if it could not be."""
@@ -123,7 +128,8 @@ class Checkpoints:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         system = re.search(r"([^:]+) \[os_error_code", reason)  # within TensorStore's own words
         reason = system[1].strip() if system else reason
-        self.manager.reload()
+        with contextlib.suppress(Exception):  # a bucket may be out of reach for this as well
+            self.manager.reload()
         kept = "no checkpoint is complete yet"
         if self.latest is not None:
             kept = f"the checkpoint of step {self.latest} is complete"

@@ -8,12 +8,14 @@ tensorboard/   the same scalars, where the extra `tensorboard` is installed
 """
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from evit_jax.storage import write_whole
+from evit_jax.storage import Lines, explained, in_bucket, upload
 from evit_jax.training import report
 
 
@@ -38,15 +40,18 @@ class Recorder:
         if not active:
             return
         path = workdir / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if kept(line, step)]
-            write_whole(path, "".join(line + "\n" for line in lines))
-        self.file = open(path, "a")  # noqa: SIM115  lives as long as the run
+        with explained(path):
+            before = path.read_text().splitlines() if path.exists() else []
+        self.lines = Lines(path, [line for line in before if kept(line, step)])
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             return
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self.events = workdir / "tensorboard"
+        self.local_events = self.events
+        if in_bucket(workdir):  # where nothing can be appended to: uploaded whole with every line
+            self.local_events = Path(tempfile.mkdtemp(prefix="evit_jax_events_"))
+        self.board = SummaryWriter(str(self.local_events), purge_step=step + 1)
 
     def say(self, text: str) -> None:
         """One line for people, above the progress bar."""
@@ -76,20 +81,25 @@ class Recorder:
         """Figures, `step` and `epoch` among them: a JSON line, TensorBoard scalars, a log line."""
         if not self.active:
             return
-        self.file.write(json.dumps(figures) + "\n")
-        self.file.flush()
+        self.lines.append(json.dumps(figures))
         if self.board:
             for name, value in figures.items():
                 if type(value) in (int, float) and name != "step":
                     self.board.add_scalar(name, value, figures["step"])
+            if self.local_events != self.events:
+                self.board.flush()
+                upload(self.local_events, self.events)
         self.say(report.line(figures, self.total))
 
     def close(self) -> None:
         self.bar.close()
         if self.active:
-            self.file.close()
+            self.lines.close()
         if self.board:
             self.board.close()
+            if self.local_events != self.events:
+                upload(self.local_events, self.events)
+                shutil.rmtree(self.local_events)
 
 
 def kept(line: str, step: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evit_jax.errors import InputError
 from evit_jax.spec import flatten
-from evit_jax.storage import write_whole
+from evit_jax.storage import explained, write_whole
 
 # What may differ when a run is resumed: it changes where things are and how fast, and how often
 # something is shown; of the result only rounding.
@@ -26,34 +26,39 @@ def open_workdir(workdir: Path, config: dict, *, write: bool = True) -> None:
     Raises:
       InputError: it belongs to a run with another recipe; the text shows the difference.
     """
-    path = workdir / "config.json"
-    if write:
-        workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if not write:
-            return
-        if (workdir / "checkpoints").exists():
-            raise InputError(f"{workdir} has checkpoints but no config.json; use another workdir")
-        write_whole(path, json.dumps(config, indent=2) + "\n")
-        return
-    try:
-        there = flatten(json.loads(path.read_text()))
-    except ValueError:
-        raise InputError(f"{path} is damaged; use another workdir, or remove that file") from None
-    here = flatten(json.loads(json.dumps(config)))
-    differences = [
-        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-        for key in sorted(there | here)
-        if there.get(key) != here.get(key) and not key.startswith(FREE)
-    ]
-    if not any(saved.name.isdigit() for saved in (workdir / "checkpoints").glob("*")):
-        if write:  # nothing to lose yet
+    with explained(workdir):
+        path = workdir / "config.json"
+        if write:
+            workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if not write:
+                return
+            if (workdir / "checkpoints").exists():
+                raise InputError(
+                    f"{workdir} has checkpoints but no config.json; use another workdir"
+                )
             write_whole(path, json.dumps(config, indent=2) + "\n")
-    elif differences:
-        raise InputError(
-            f"{workdir} belongs to a run with another configuration: {'; '.join(differences)}; "
-            "use another --workdir, or the same settings to resume"
-        )
+            return
+        try:
+            there = flatten(json.loads(path.read_text()))
+        except ValueError:
+            raise InputError(
+                f"{path} is damaged; use another workdir, or remove that file"
+            ) from None
+        here = flatten(json.loads(json.dumps(config)))
+        differences = [
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            for key in sorted(there | here)
+            if there.get(key) != here.get(key) and not key.startswith(FREE)
+        ]
+        if not any(saved.name.isdigit() for saved in (workdir / "checkpoints").glob("*")):
+            if write:  # nothing to lose yet
+                write_whole(path, json.dumps(config, indent=2) + "\n")
+        elif differences:
+            raise InputError(
+                f"{workdir} belongs to a run with another configuration: {'; '.join(differences)}; "
+                "use another --workdir, or the same settings to resume"
+            )
 
 
 def broken(
@@ -72,7 +77,7 @@ def broken(
       latest: step of the latest checkpoint.
     """
     path = workdir / (f"broken_batch_{host}.json" if host else "broken_batch.json")
-    with contextlib.suppress(OSError):  # a full disk must not hide the message
+    with contextlib.suppress(OSError, InputError):  # a full disk must not hide the message
         write_whole(path, json.dumps(dict(step=step, indices=indices)) + "\n")
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     kept = "there is no checkpoint yet"

@@ -14,15 +14,14 @@ from tqdm import tqdm
 from evit_jax.errors import InputError
 from evit_jax.measure.programs import (
     Program,
-    Training,
     cast,
     inference,
     matrix_product,
-    synthetic_batch,
     without_program_cache,
 )
 from evit_jax.measure.report import spread, variation
 from evit_jax.measure.timing import take_turns
+from evit_jax.measure.training_steps import Training, synthetic_batch
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.plan.counts import check_rate
 from evit_jax.plan.flops import logit_macs, macs

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evit_jax.errors import InputError
-from evit_jax.measure import comparison, programs
+from evit_jax.measure import comparison, programs, training_steps
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.plan.flops import logit_macs, macs
 from evit_jax.runtime.parallel import DataParallel
@@ -118,9 +118,9 @@ def test_training_is_the_real_step_and_hands_one_state_on():
     dense = build_model("vit", **SIZES | dict(depth=2))  # reducing in the last block saves nothing
     params = devices.init(lambda key: init_params(dense, key), jax.random.key(0))
     before = jax.tree.map(np.asarray, params)
-    batch = programs.synthetic_batch(dense.image_size, 2, dense.num_classes, devices)
+    batch = training_steps.synthetic_batch(dense.image_size, 2, dense.num_classes, devices)
     assert (batch["image"].dtype, batch["image"].shape) == (jnp.uint8, (2, 16, 16, 3))
-    training = programs.Training(params, preprocessing("vit"), batch, devices)
+    training = training_steps.Training(params, preprocessing("vit"), batch, devices)
     reduced = dense.clone(keep=dense.plan(keep_rate=0.5))
     steps = [training.program(model) for model in (dense, reduced)]
     for program in steps * 2:

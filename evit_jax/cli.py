@@ -31,6 +31,30 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+# Those of the tools that say which model it is and how it runs. What a tool leaves out is the
+# model's own, or that of the run in --workdir.
+MODEL_FLAGS = dict(
+    model=dict(metavar="NAME", help="a model's name, or sizes: vit:width=192,depth=6,num_heads=3"),
+    weights=dict(metavar="FILE", help=".safetensors, .pth or .npz, or hf:OWNER/REPO@COMMIT"),
+    workdir=dict(metavar="DIR", help="of a training run, instead of --model and --weights"),
+    reducer=dict(metavar="SPEC", help="evit (the default), evit:fuse=False, random, tome:r=13"),
+    layers=dict(metavar="LIST", help="reducing blocks, such as 3,6,9; default the reducer's own"),
+    multiple_of=dict(metavar="N", help="tokens rounded up to multiples of it; default 1"),
+    image_size=dict(metavar="SIZE", help="224 or 224,320 (height,width); default the model's own"),
+    num_classes=dict(metavar="N", type=int, help="where it is not what the model's name says"),
+    dtype=dict(help="of the computation: float32 (the default), bfloat16 or float16"),
+)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds these of MODEL_FLAGS; each is None where the command line leaves it out.
+
+    `training.trained.open_spec` makes a model of what was parsed.
+    """
+    for name in names:
+        parser.add_argument(f"--{name}", **MODEL_FLAGS[name])
+
+
 class Parser(argparse.ArgumentParser):
     """For the tools: --help is the module's docstring, bad arguments are like other bad input."""
 

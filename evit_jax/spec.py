@@ -47,6 +47,19 @@ def numbers(text: str, kind: type) -> tuple:
         raise InputError(f"expected numbers with commas between them, got {text!r}") from None
 
 
+def parse_size(text: str | None) -> tuple[int, ...] | None:
+    """ "224" -> (224,) and "224,320" -> (224, 320), height first; "" and None -> None."""
+    if not text:
+        return None
+    try:
+        sides = numbers(text, int)
+    except InputError:
+        sides = ()
+    if len(sides) not in (1, 2):
+        raise InputError(f"--image_size must be like 224, or 224,320 (height,width); got {text!r}")
+    return sides
+
+
 def flatten(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}

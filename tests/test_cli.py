@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
 from pathlib import Path
 
 import pytest
 
-from evit_jax.cli import check_config, check_nothing_left, guard
+from evit_jax import cli
+from evit_jax.cli import (
+    MODEL_FLAGS,
+    Parser,
+    add_model_flags,
+    check_config,
+    check_nothing_left,
+    guard,
+)
 from evit_jax.errors import InputError
 
 CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'digits.py'}"
@@ -48,6 +57,26 @@ def test_errors_are_one_line_and_a_status(error, capsys):
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert text.count("\n") == 1
+
+
+def test_every_tool_has_a_model_flag_from_one_place():
+    used = set()
+    for path in (Path(cli.__file__).parent / "tools").glob("*.py"):
+        text = path.read_text()
+        assert not re.search(rf'add(_argument)?\("--({"|".join(MODEL_FLAGS)})"', text)
+        for names in re.findall(r"add_model_flags\(parser, (.*)\)", text):
+            used |= set(re.findall(r'"(\w+)"', names))
+    assert used == set(MODEL_FLAGS)
+
+
+def test_model_flags_are_none_where_they_are_left_out():
+    parser = Parser("a tool")
+    add_model_flags(parser, "model", "num_classes")
+    flags = parser.parse_args(["--num_classes=10"])
+    assert vars(flags) == dict(model=None, num_classes=10)
+    assert MODEL_FLAGS["model"]["help"] in parser.format_help()
+    with pytest.raises(InputError, match="unrecognized arguments: --workdir=x"):
+        parser.parse_args(["--workdir=x"])
 
 
 def test_our_own_mistakes_keep_their_traceback():

@@ -2,7 +2,7 @@
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.spec import numbers, parse_fields, split_specs
+from evit_jax.spec import numbers, parse_fields, parse_size, split_specs
 
 
 def test_settings_are_read_as_what_they_look_like():
@@ -18,6 +18,15 @@ def test_a_comma_separates_specs_but_not_their_fields():
         "deit_tiny_patch16_224",
     ]
     assert split_specs(" ,") == []
+
+
+def test_image_sizes_are_one_side_or_height_and_width():
+    assert parse_size("224") == (224,)
+    assert parse_size("224,320") == (224, 320)
+    assert parse_size("") is parse_size(None) is None
+    for text in ("big", "1,2,3", ",", "224x320"):
+        with pytest.raises(InputError, match=f"like 224, or 224,320.*got '{text}'"):
+            parse_size(text)
 
 
 def test_lists_of_numbers():

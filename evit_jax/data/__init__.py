@@ -25,6 +25,7 @@ from pathlib import Path
 from evit_jax.data import sources
 from evit_jax.data.cache import Cached
 from evit_jax.errors import InputError, check_name
+from evit_jax.storage import read
 
 
 def known_sources() -> list[str]:
@@ -68,15 +69,24 @@ def open_source(
     return Cached(source, copies=copies) if cache else source
 
 
-def read_classes(file: str | Path) -> tuple[str, ...]:
-    """The class names in a JSON file that is a list of strings."""
+def read_classes(file: str | Path, *, unique: bool = True) -> tuple[str, ...]:
+    """The class names, in class order, in a JSON file that is a list of strings.
+
+    Args:
+      unique: refuse a name that is there twice. Names of folders are unique; those that are only
+        shown need not be: ImageNet has two classes called "crane".
+
+    Raises:
+      InputError: no such file, or something else in it.
+    """
+    content = read(Path(file).expanduser())
     try:
-        classes = json.loads(Path(file).expanduser().read_text())
+        classes = json.loads(content)
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise InputError(f"{file} should be a JSON list of folder names in class order")
+        raise InputError(f"{file} should be a JSON list of names in class order")
     name, count = Counter(classes).most_common(1)[0] if classes else ("", 0)
-    if count != 1:
+    if count != 1 and (unique or not count):
         raise InputError(f"{file} names {f'{name!r} {count} times' if count else 'no classes'}")
     return tuple(classes)

@@ -8,26 +8,26 @@ import sys
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from evit_jax.errors import InputError
 from evit_jax.measure.programs import (
     Program,
-    Training,
     cast,
     inference,
     matrix_product,
-    synthetic_batch,
     without_program_cache,
 )
 from evit_jax.measure.report import spread, variation
 from evit_jax.measure.timing import take_turns
-from evit_jax.models import build_model, init_params, preprocessing
+from evit_jax.measure.training_steps import Training, synthetic_batch
+from evit_jax.models import init_params, preprocessing
 from evit_jax.plan.counts import check_rate
 from evit_jax.plan.flops import logit_macs, macs
 from evit_jax.runtime.parallel import DataParallel
-from evit_jax.spec import parse_fields
+from evit_jax.training.trained import ModelSpec, reduces
 
 PASSES = dict(inference=1, training=3)  # forward passes' worth of arithmetic in a call
 PRODUCT = "matrix product"
@@ -51,7 +51,7 @@ class Variant:
 class Comparison:
     """Variants of one model that take turns; the dense one is the first."""
 
-    model: str  # as the user wrote it
+    spec: ModelSpec
     mode: str
     batch_size: int
     variants: list[Variant]  # of the same dtype
@@ -62,70 +62,59 @@ class Comparison:
 
 
 def variants_of(
-    spec: str,
-    *,
-    reducers: list[str],
-    keep_rates: tuple[float, ...] = (),
-    image_size: tuple[int, ...] = (),
+    spec: ModelSpec, *, reducers: list[str] = (), keep_rates: tuple[float, ...] = ()
 ) -> list[Variant]:
     """A model's variants, the dense one first.
 
     Args:
-      spec: a model's name, or a backbone with sizes such as "vit:width=192,depth=6".
+      spec: a named model, one of sizes, or a training run's.
       reducers: such as "evit:fuse=False"; one with a schedule of its own, such as "tome:r=13", is
-        a single variant.
-      keep_rates: for the others; default 0.7.
-      image_size: default the model's own.
+        a single variant. Default the model's own.
+      keep_rates: for the others; default that of the run, else 0.7.
 
     Raises:
-      InputError: an unknown name, a setting out of range, one that a flag is for, or rates that
-        nobody takes.
+      InputError: an unknown name, a setting out of range, or rates that nobody takes.
     """
-    name, _, rest = spec.partition(":")
-    settings = parse_fields(rest)
-    flagged = {"name", "keep", "keep_rate", "keep_rates", "layers", "tokens", "reducer", "dtype"}
-    if taken := sorted(flagged & settings.keys()):
-        raise InputError(f"--model={spec}: {taken[0]} is no size of the model; see --help")
-    if image_size:
-        settings["image_size"] = image_size
-    rates = [check_rate(rate) for rate in dict.fromkeys(keep_rates)] or [0.7]
-    variants = [Variant("dense", 1.0, build_model(name, **settings).clone(keep=()))]
-    scheduled = 0
-    for reducer in reducers:
-        model = build_model(name, reducer=reducer, **settings)
-        if any(count is not None for count in model.keep):
+    rates = [check_rate(rate) for rate in dict.fromkeys(keep_rates)]
+    variants = [Variant("dense", 1.0, spec.build(keep_rate=1))]
+    rated = False
+    for reducer in reducers or [spec.reducer]:
+        own = spec.with_reducer(reducer)
+        model = own.build()
+        if own.keep_rate is None and reduces(model) and not (rates and own.counted):
             variants.append(Variant(reducer, None, model))
-            scheduled += 1
             continue
-        for rate in rates:
+        rated = True
+        for rate in rates or [own.keep_rate or 0.7]:
             if rate != 1:
-                plan = model.plan(keep_rate=rate)
-                variants.append(Variant(reducer, rate, model.clone(keep=plan)))
-    if scheduled == len(reducers) and set(keep_rates) - {1}:
+                variants.append(Variant(reducer, rate, own.build(keep_rate=rate)))
+    if not rated and set(rates) - {1}:
         raise InputError(
-            f"--keep_rates are for reducers without a schedule of their own; {', '.join(reducers)} "
-            "takes none; leave them out, or add evit to --reducers"
+            "--keep_rates are for reducers without a schedule of their own; "
+            f"{', '.join(reducers or [spec.reducer])} takes none; leave them out, or add evit to "
+            "--reducers"
         )
     return variants
 
 
 def comparisons_of(
-    models: list[str],
+    specs: list[ModelSpec],
     *,
     dtypes: list[np.dtype],
     modes: list[str],
     batch_sizes: tuple[int, ...],
     reducers: list[str],
     keep_rates: tuple[float, ...],
-    image_size: tuple[int, ...],
 ) -> list[Comparison]:
-    """All that is to be measured, model by model; arguments as in `variants_of`."""
+    """All that is to be measured, model by model; `dtypes` [] is each model's own.
+
+    The other arguments are those of `variants_of`.
+    """
     comparisons = []
-    for spec in models:
-        variants = variants_of(
-            spec, reducers=reducers, keep_rates=keep_rates, image_size=image_size
-        )
-        for dtype, mode, batch_size in itertools.product(dtypes, modes, batch_sizes):
+    for spec in specs:
+        variants = variants_of(spec, reducers=reducers, keep_rates=keep_rates)
+        own = [jnp.dtype(variants[0].model.dtype)]
+        for dtype, mode, batch_size in itertools.product(dtypes or own, modes, batch_sizes):
             typed = [
                 dataclasses.replace(variant, model=variant.model.clone(dtype=dtype))
                 for variant in variants
@@ -138,7 +127,7 @@ def compile_all(
     comparison: Comparison, params: dict, devices: DataParallel, progress: Callable[[str], object]
 ) -> dict[str, Program]:
     """The comparison's programs by their variants' names, over the same parameters (float32)."""
-    model, card = comparison.dense, preprocessing(comparison.model.partition(":")[0])
+    model, card = comparison.dense, preprocessing(comparison.spec.name)
     batch = synthetic_batch(model.image_size, comparison.batch_size, model.num_classes, devices)
     if comparison.mode == "training":
         compile_one = Training(params, card, batch, devices).program
@@ -169,7 +158,7 @@ def rows_of(
         flops = 2 * PASSES[comparison.mode] * logit_macs(variant.model) * comparison.batch_size
         rows.append(
             dict(
-                model=comparison.model,
+                model=comparison.spec.label,
                 keep_rate=variant.keep_rate,
                 reducer=variant.reducer,
                 batch_size=comparison.batch_size,
@@ -213,14 +202,18 @@ def measure(
             dtype = comparison.dense.dtype
             if dtype.name not in products:
                 products[dtype.name] = matrix_product(dtype, devices)
-            if comparison.model not in params:  # those of the model before are no longer needed
+            label = comparison.spec.label
+            if label not in params:  # those of the model before are no longer needed
+                trained = comparison.spec.run_params(comparison.dense)
                 init = functools.partial(init_params, comparison.dense)
-                params = {comparison.model: devices.init(init, jax.random.key(0))}
+                params = {
+                    label: devices.init(init, jax.random.key(0))  # speed does not depend on them
+                    if trained is None
+                    else devices.init(dict, trained)
+                }
             product, flops = products[dtype.name]
             try:
-                programs = compile_all(
-                    comparison, params[comparison.model], devices, bar.set_postfix_str
-                )
+                programs = compile_all(comparison, params[label], devices, bar.set_postfix_str)
                 calls = {name: program.call for name, program in programs.items()}
                 calls[PRODUCT] = product
                 awaited = take(calls)
@@ -229,7 +222,7 @@ def measure(
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 tqdm.write(
-                    f"skipped: {comparison.model} with batch size {comparison.batch_size} in "
+                    f"skipped: {label} with batch size {comparison.batch_size} in "
                     f"{comparison.mode} needs more memory than there is",
                     file=sys.stderr,
                 )

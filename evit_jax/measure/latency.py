@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from evit_jax.errors import InputError
+from evit_jax.measure.programs import cast, inference
 from evit_jax.measure.timing import take_turns
 from evit_jax.plan.counts import Keep
 from evit_jax.plan.flops import macs
-from evit_jax.runtime.parallel import Chunked, DataParallel
+from evit_jax.runtime.parallel import DataParallel
 
 RATES = tuple(percent / 100 for percent in range(100, 0, -1))
 PROGRAMS = 10  # compiled on a steady machine: dense, the halvings of RATES, and neighbours
@@ -133,9 +134,10 @@ def first_true(holds: Callable[[int], bool], low: int, high: int) -> int:
 def stopwatch(
     model, params: dict, *, batch_size: int, rounds: int = 10, seconds: float = 0.2
 ) -> Measure:
-    """Times plans of a model on the first device; each is compiled once, when first asked for.
+    """Times plans of a model on the first device, with the programs that the benchmark times.
 
-    A call is waited for before the next one. Images are random, normalised and on the device.
+    Each plan is compiled once, when first asked for. A call is waited for before the next one.
+    Images are random, normalised and on the device.
 
     Args:
       model, params, batch_size: as for `fit_latency`.
@@ -145,17 +147,12 @@ def stopwatch(
         raise InputError(f"batch_size must be a whole number from 1 up, got {batch_size!r}")
     devices = DataParallel(jax.devices()[:1])
     shape = (batch_size, *model.image_size, 3)
-    # In the dtype of the computation, as a server would keep them and the benchmark does.
-    params = devices.init(lambda p: jax.tree.map(lambda a: a.astype(model.dtype), p), params)
+    params = cast(params, model.dtype, devices)
     images = devices.init(lambda key: jax.random.normal(key, shape), jax.random.key(0))
 
     @functools.cache
-    def program(keep: Keep) -> Callable[[], jax.Array]:
-        variant = model.clone(keep=keep)
-        compiled = devices.compile_eval(
-            lambda params, images: Chunked(variant).apply({"params": params}, images)[0]
-        )
-        return lambda: jax.block_until_ready(compiled(params, images))
+    def program(keep: Keep) -> Callable[[], object]:
+        return inference(model.clone(keep=keep), params, images, devices).call
 
     def measure(keeps: Sequence[Keep]) -> list[np.ndarray]:
         variants = {str(keep): program(keep) for keep in keeps}

@@ -89,12 +89,21 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def read_accuracies(files: str, models: list[str]) -> dict[tuple, float]:
+def read_accuracies(
+    files: str,
+    models: list[str],
+    *,
+    layers: tuple[int, ...] | None = None,
+    multiple_of: int = 1,
+) -> dict[tuple, float]:
     """Top-1 of variants from what `evaluate` printed.
 
     Args:
       files: paths with commas between them; "" is none.
       models: as the user wrote them; a file that names no model is of the first one.
+      layers: the reducing blocks that were asked for, None for the model's own; rows with others
+        are another plan, and left out.
+      multiple_of: what its tokens were rounded up to multiples of; the same holds.
 
     Returns:
       (model, reducer, keep rate) -> fraction; a dense model's are "dense" and 1.
@@ -107,10 +116,12 @@ def read_accuracies(files: str, models: list[str]) -> dict[tuple, float]:
         try:
             content = json.loads(Path(path).read_text())
             for row in content["results"]:
-                if row.get("multiple_of", 1) != 1:  # plans that the benchmark does not make
-                    continue
                 key = row.get("reducer", "evit"), row["keep_rate"]
-                key = ("dense", 1.0) if row["keep_rate"] == 1 else key
+                plan = row.get("layers"), row.get("multiple_of", 1)
+                if row["keep_rate"] == 1:
+                    key = "dense", 1.0
+                elif plan != (list(layers) if layers else None, multiple_of):
+                    continue
                 found[content.get("model", models[0]), *key] = float(row["top1"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(

@@ -7,6 +7,8 @@ from settings, `create_model("deit_small_patch16_224")` a variant, with settings
 """
 
 import dataclasses
+import difflib
+import fnmatch
 import importlib
 import inspect
 import pkgutil
@@ -39,6 +41,24 @@ def find_model(name: str):
         for variant, (settings, preprocessing) in module.NAMED.items():
             known[variant] = (module.MODEL, settings, preprocessing)
     return known[check_name("model", name, known)]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` takes, sorted: backbones and their published variants.
+
+    Args:
+      pattern: which of them, with * for any characters and ? for one, such as "*tiny*".
+
+    Raises:
+      InputError: no name matches; the text names the closest one.
+    """
+    modules = backbones()
+    known = [*modules, *(name for module in modules.values() for name in module.NAMED)]
+    found = sorted(fnmatch.filter(known, pattern))
+    if not found:
+        closest = difflib.get_close_matches(pattern.strip("*"), known, n=1, cutoff=0)[0]
+        raise InputError(f"no model is called {pattern!r}; the closest name is {closest!r}")
+    return found
 
 
 def preprocessing(name: str) -> Preprocessing:

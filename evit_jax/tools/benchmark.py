@@ -6,8 +6,10 @@ python -m evit_jax.tools.benchmark --model=NAME --keep_rates=1,0.7,0.5 --batch_s
     [--mode=inference,training] [--accuracies=FILE.json --plot=FILE.png] [--out=FILE.md]
 
 NAME is a model's, several with commas between them, or a backbone with its sizes such as
-vit:width=192,depth=6,num_heads=3,image_size=64,patch_size=8. Weights are drawn: speed does not
-depend on them. A reducer with a schedule of its own, such as tome:r=13, takes no keep rate.
+vit:width=192,depth=6,num_heads=3,image_size=64,patch_size=8; --workdir=DIR is the model of a
+training run, at its own keep rate unless told otherwise. Weights are random, or those of the run's
+newest checkpoint: speed does not depend on them. A reducer with a schedule of its own, such as
+tome:r=13, takes no keep rate.
 
 For each model, dtype, mode and batch size the variants, the dense model among them whether asked
 for or not, and a matrix product take turns on one device, every other round backwards.
@@ -33,7 +35,8 @@ images, label smoothing, AdamW, weights in float32.
 The last line of standard output is a JSON object; `results` has an object per variant. `noisy` says
 that the same program, the dense model or the matrix product, took too different times to trust the
 rest: the middle half of its rounds spreads over more than 10 % of their median.
---accuracies takes files with what evaluate printed, for a column and for the picture.
+--accuracies takes files with what evaluate printed, for a column and for the picture; of these the
+rows with the same model, reducer, keep rate, --layers and --multiple_of count.
 """
 
 import argparse
@@ -50,18 +53,19 @@ from evit_jax.models import check_dtype
 from evit_jax.pictures.plot import plot
 from evit_jax.spec import numbers, split_specs
 from evit_jax.storage import write_whole
+from evit_jax.training.trained import ModelSpec, open_spec
 
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="names, with commas between them")
+    cli.add_model_flags(parser, "model", "workdir", "layers", "multiple_of")
+    cli.add_model_flags(parser, "image_size", "num_classes")
     add("--keep_rates", default="", help="such as 1,0.7,0.5; default 0.7")
-    add("--reducers", default="evit", help="such as evit,evit:fuse=False,tome:r=13")
+    add("--reducers", default="", help="such as evit,evit:fuse=False,tome:r=13; default evit")
     add("--batch_sizes", default="1,8", help="images in a call")
-    add("--dtypes", default="float32", help="of the computation, such as float32,bfloat16")
+    add("--dtypes", default="", help="of the computation, such as float32,bfloat16")
     add("--mode", default="inference", help="inference, training or both")
-    add("--image_size", default="", help="224 or 224,320; default the model's own")
     add("--rounds", type=int, default=10, help="in which each variant has a turn")
     add("--seconds", type=float, default=0.5, help="of a turn, about; a call at least")
     add("--accuracies", default="", help="files with evaluate's output, with commas between them")
@@ -83,27 +87,39 @@ def parse() -> argparse.Namespace:
 
 
 def words(text: str) -> list[str]:
-    """ "a, b,a" -> ["a", "b"]."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+    """ "a, b,a" -> ["a", "b"]; "" -> []."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def open_specs(flags: argparse.Namespace) -> list[ModelSpec]:
+    """The model of the run, or every one of --model once."""
+    if not flags.model or flags.workdir:
+        return [open_spec(flags)]
+    names = dict.fromkeys(split_specs(flags.model))
+    return [open_spec(argparse.Namespace(**vars(flags) | dict(model=name))) for name in names]
 
 
 def main() -> None:
     flags = parse()
-    models = list(dict.fromkeys(split_specs(flags.model)))
+    specs = open_specs(flags)
     modes = words(flags.mode)
-    check_names("mode", modes, PASSES)
+    check_names("mode", modes or [flags.mode], PASSES)
     comparisons = comparisons_of(
-        models,
+        specs,
         dtypes=[check_dtype(name) for name in words(flags.dtypes)],
         modes=modes,
         batch_sizes=numbers(flags.batch_sizes, int),
         reducers=list(dict.fromkeys(split_specs(flags.reducers))),
         keep_rates=numbers(flags.keep_rates, float),
-        image_size=numbers(flags.image_size, int),
     )
-    top1 = tables.read_accuracies(flags.accuracies, models)
+    top1 = tables.read_accuracies(
+        flags.accuracies,
+        [spec.label for spec in specs],
+        layers=numbers(flags.layers or "", int) or None,
+        multiple_of=specs[0].multiple_of,
+    )
     timed = {
-        (comparison.model, variant.reducer, variant.keep_rate)
+        (comparison.spec.label, variant.reducer, variant.keep_rate)
         for comparison in comparisons
         for variant in comparison.variants
     }

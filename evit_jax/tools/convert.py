@@ -15,19 +15,9 @@ import numpy as np
 
 from evit_jax import cli
 from evit_jax.errors import InputError
-from evit_jax.models import build_model
-from evit_jax.training.checkpoint import Checkpoints
+from evit_jax.training.trained import load_run
 from evit_jax.weights.files import read_tensors, write_safetensors
 from evit_jax.weights.names import tensors_from_params, with_timm_names
-
-
-def from_workdir(workdir: Path) -> dict[str, np.ndarray]:
-    """What a run would evaluate: the averaged weights of its newest checkpoint, if it has any."""
-    if not (workdir / "config.json").is_file():
-        raise InputError(f"{workdir} is a folder but no training run: it has no config.json")
-    config = json.loads((workdir / "config.json").read_text())
-    state = Checkpoints(workdir / "checkpoints", read_only=True).load()
-    return tensors_from_params(state.get("ema", state["params"]), build_model(**config["model"]))
 
 
 def main() -> None:
@@ -38,7 +28,8 @@ def main() -> None:
     if flags.out.suffix != ".safetensors":
         raise InputError(f"{flags.out} should end in .safetensors, the format that is written")
     if flags.source.is_dir():
-        tensors = from_workdir(flags.source)
+        run = load_run(flags.source)
+        tensors = tensors_from_params(run.params, run.model)
     else:
         tensors = with_timm_names(read_tensors(flags.source))
     tensors = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}

@@ -3,11 +3,14 @@
 
 python -m evit_jax.tools.evaluate --model=deit_tiny_patch16_224 --weights=FILE --data=FOLDER \\
     [--classes=FILE.json] [--keep_rate=1,0.7] [--reducer=evit | evit:fuse=False | tome:r=13] \\
-    [--multiple_of=1,8]
+    [--layers=3,6,9] [--multiple_of=1,8]
+python -m evit_jax.tools.evaluate --workdir=runs/digits      what a training run left, dense and as
+                                                             trained, on the run's own test images
 
 The standard protocol: shorter side to size / crop, centre crop, mean and std as the model's card
 says. FOLDER holds class folders, or val/ (or test/) with class folders, or a TFDS set prepared as
-ArrayRecord. Labels are the sorted folder names, or their places in --classes.
+ArrayRecord. Labels are the sorted folder names, or their places in --classes. With --workdir the
+flags override what the run was trained with: --data, --keep_rate, --reducer, --layers, ...
 The last line of standard output is a JSON object with a list `results`, an object per variant.
 """
 
@@ -22,80 +25,86 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from evit_jax import cli, tables
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
-from evit_jax.models import create_model, preprocessing
+from evit_jax.models import preprocessing
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.spec import numbers
 from evit_jax.training import metrics, steps
+from evit_jax.training.trained import ModelSpec, open_spec, open_test_data, reduces
+
+BATCH_SIZE = 50
 
 
 def arguments() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="name, as for create_model")
-    add("--weights", required=True, help="file, or hf:OWNER/REPOSITORY@COMMIT")
-    add("--data", required=True, help="folder of class folders, its parent, or a TFDS set")
+    cli.add_model_flags(parser, "model", "weights", "workdir")
+    add("--data", help="folder of class folders, its parent, or a TFDS set; default the run's")
     add("--classes", help="JSON list of folder names in class order")
     add("--keep_rate", default="", help="one or several, such as 1,0.7; default the reducer's own")
-    add("--layers", default="", help="reducing blocks, such as 3,6,9; default the reducer's own")
-    add("--multiple_of", default="1", help="one or several: tokens rounded up to multiples of it")
-    add("--reducer", default="evit", help="evit, evit:fuse=False, random, tome:r=13, ...")
-    add("--batch_size", type=int, default=50, help="images at a time, over all devices")
-    add("--dtype", default="float32", help="of the computation: float32 or bfloat16")
-    add("--num_classes", type=int, help="of a model with another number than its name says")
-    add("--image_size", default="", help="224 or 224,320; default the model's own")
+    cli.add_model_flags(parser, "reducer", "layers", "multiple_of")
+    cli.add_model_flags(parser, "image_size", "num_classes", "dtype")
+    add("--batch_size", type=int, help="images at a time, over all devices; default 50 or more")
     add("--crop", type=float, help="fraction of the resized shorter side; default the model's card")
     add("--interpolation", help="bicubic, bilinear, lanczos or nearest; default the model's card")
-    add("--threads", type=int, default=0, help="that decode; 0 is one per processor")
+    add("--threads", type=int, default=0, help="decoding threads; 0 is one per processor")
     flags = parser.parse_args()
     if flags.threads < 0:
         raise InputError(f"--threads must be 0 or more, got {flags.threads}")
     return flags
 
 
-def open_data(flags: argparse.Namespace):
-    """The images, with labels in the order of the model's classes."""
+def open_data(flags: argparse.Namespace, spec: ModelSpec):
+    """The images of --data, else of the run, with labels in the order of the model's classes."""
+    if not flags.data:
+        if spec.config is None:
+            raise InputError("--data=FOLDER is needed: class folders, their parent, or a TFDS set")
+        return open_test_data(spec.config, classes=flags.classes)
     folder = Path(flags.data).expanduser()
-    prepared = folder.is_dir() and any(folder.glob("**/dataset_info.json"))
-    name = "tfds" if prepared else "folder"
-    return open_source(name, "test", str(folder), classes=flags.classes)
+    if folder.is_dir() and any(folder.glob("**/dataset_info.json")):
+        return open_source("tfds", "test", str(folder), classes=flags.classes)
+    classes = flags.classes or (spec.config and spec.config["data"]["classes"])
+    return open_source("folder", "test", str(folder), classes=classes)
+
+
+def default_rates(spec: ModelSpec) -> tuple[float | None, ...]:
+    """The reducer's own schedule; of a run the dense model and all that it was trained at."""
+    if spec.config is None:
+        return (None,)
+    if spec.keep_rate is None:
+        return (1.0, None) if reduces(spec.build()) else (1.0,)
+    return tuple(sorted({1.0, spec.keep_rate, *spec.config.get("sandwich", ())}, reverse=True))
 
 
 def main() -> None:
     flags = arguments()
-    card = preprocessing(flags.model)
+    spec = open_spec(flags, several=True)
+    card = preprocessing(spec.name)
     changes = dict(crop=flags.crop, interpolation=flags.interpolation)
     card = dataclasses.replace(card, **{k: v for k, v in changes.items() if v is not None})
     devices = DataParallel()
-    devices.check_batch_size("--batch_size", flags.batch_size)
-    rates = numbers(flags.keep_rate, float) or (None,)
-    requests = list(itertools.product(rates, numbers(flags.multiple_of, int) or (1,)))
-    layers = numbers(flags.layers, int) or None
+    count = jax.device_count()
+    batch_size = flags.batch_size or -(-BATCH_SIZE // count) * count
+    devices.check_batch_size("--batch_size", batch_size)
+    rates = numbers(flags.keep_rate, float) or default_rates(spec)
+    multiples = numbers(flags.multiple_of or "", int) or (spec.multiple_of,)
+    requests = list(itertools.product(rates, multiples))
+    variants = [spec.build(keep_rate=rate, multiple_of=multiple) for rate, multiple in requests]
+    model = variants[0]
 
-    source = open_data(flags)
-    model, params = create_model(
-        flags.model,
-        weights=flags.weights,
-        reducer=flags.reducer,
-        dtype=flags.dtype,
-        num_classes=flags.num_classes,
-        image_size=numbers(flags.image_size, int) or None,
-    )
-    if len(source.classes) != model.num_classes:
+    source = open_data(flags, spec)
+    fewer = spec.config is not None and not flags.data  # which training takes as well
+    if len(source.classes) != model.num_classes and not fewer:
         raise InputError(
             f"the data has {len(source.classes)} classes and the model {model.num_classes}; "
             "--classes=FILE, a JSON list of all of the model's, says which folder is which"
         )
-    params = devices.init(dict, params)
-    plans = [
-        model.plan(keep_rate=rate, layers=layers, multiple_of=multiple_of)
-        for rate, multiple_of in requests
-    ]
-    variants = [model.clone(keep=plan) for plan in plans]
+    params = devices.init(dict, spec.load_params(model))
     programs = [
         devices.compile_eval(functools.partial(steps.eval_step, model=variant, preprocessing=card))
         for variant in variants
@@ -107,12 +116,12 @@ def main() -> None:
         size=model.image_size,
         crop=card.crop,
         interpolation=card.interpolation,
-        batch_size=flags.batch_size,
+        batch_size=batch_size,
         host=jax.process_index(),
         hosts=jax.process_count(),
         threads=flags.threads,
     )
-    total = -(-len(source) // flags.batch_size)
+    total = -(-len(source) // batch_size)
     with contextlib.closing(batches):
         for number, batch in enumerate(tqdm(batches, total=total, unit="batch", disable=None)):
             batch = devices.put(batch)
@@ -123,17 +132,19 @@ def main() -> None:
                 sums[i].append(jax.block_until_ready(program(params, batch)))
                 seconds[i] += time.perf_counter() - start
 
+    layers = numbers(flags.layers or "", int) or None  # None: the reducer's, or the run's, own
     results = []
     shown = [["keep rate", "multiple of", "tokens", "top-1", "top-5", "loss", "images/s"]]
     for request, variant, totals, spent in zip(requests, variants, sums, seconds, strict=True):
         rate, multiple_of = request
         means = metrics.means(totals, "test")
-        speed = total * flags.batch_size / spent  # padding is computed too
+        speed = total * batch_size / spent  # padding is computed too
         results.append(
             dict(
                 keep_rate=rate,
+                reducer=spec.reducer,
+                layers=layers,
                 multiple_of=multiple_of,
-                reducer=flags.reducer,
                 top1=means["test_top1"],
                 top5=means["test_top5"],
                 loss=means["test_loss"],
@@ -144,7 +155,7 @@ def main() -> None:
         )
         shown.append(
             [
-                flags.reducer if rate is None else f"{rate:g}",
+                spec.reducer if rate is None else f"{rate:g}",
                 f"{multiple_of}",
                 tables.runs(variant.tokens_per_block),
                 f"{100 * means['test_top1']:.2f} %",
@@ -154,7 +165,7 @@ def main() -> None:
             ]
         )
     print(tables.table(shown), file=sys.stderr)
-    print(json.dumps(dict(model=flags.model, dtype=flags.dtype, results=results)))
+    print(json.dumps(dict(model=spec.label, dtype=jnp.dtype(model.dtype).name, results=results)))
 
 
 if __name__ == "__main__":

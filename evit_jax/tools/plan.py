@@ -4,6 +4,7 @@
 python -m evit_jax.tools.plan --model=deit_small_patch16_224 --macs=3.0e9
 python -m evit_jax.tools.plan --model=deit_small_patch16_224 --latency_ms=50 --batch_size=8 \\
     [--layers=3,6,9] [--reducer=evit:fuse=False] [--dtype=bfloat16] [--multiple_of=8]
+python -m evit_jax.tools.plan --workdir=runs/digits --macs=1e7      for the model of a training run
 
 --macs takes the largest keep rate whose plan costs no more than that for an image. --latency_ms
 compiles about ten plans, times them in turns on the first device and takes the one that keeps the
@@ -19,39 +20,37 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from evit_jax import cli, tables
 from evit_jax.errors import InputError
 from evit_jax.measure import latency
-from evit_jax.models import build_model, init_params
+from evit_jax.models import init_params
 from evit_jax.plan.counts import Keep
 from evit_jax.plan.flops import macs
-from evit_jax.spec import numbers
+from evit_jax.training.trained import ModelSpec, open_spec
 
 
 def arguments() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="name, as for create_model")
+    cli.add_model_flags(parser, "model", "workdir")
     add("--macs", type=float, help="budget: multiply-accumulates of an image, such as 3.0e9")
     add("--latency_ms", type=float, help="budget: milliseconds for a batch, measured here")
     add("--batch_size", type=int, default=1, help="images at a time, for --latency_ms")
-    add("--layers", default="", help="reducing blocks, such as 3,6,9; default the reducer's own")
-    add("--reducer", default="evit", help="evit, evit:fuse=False, random, tome")
-    add("--multiple_of", type=int, default=1, help="tokens rounded up to multiples of it")
-    add("--dtype", default="float32", help="of the computation: float32 or bfloat16")
-    add("--image_size", default="", help="224 or 224,320; default the model's own")
+    cli.add_model_flags(parser, "reducer", "layers", "multiple_of")
+    cli.add_model_flags(parser, "image_size", "num_classes", "dtype")
     flags = parser.parse_args()
     if (flags.macs is None) == (flags.latency_ms is None):
         raise InputError("give a budget: either --macs=NUMBER or --latency_ms=NUMBER")
     return flags
 
 
-def plan_macs(model, flags: argparse.Namespace, layers: tuple[int, ...] | None):
+def plan_macs(spec: ModelSpec, model, flags: argparse.Namespace):
     """The planned model, a table of it beside the dense one, and no further figures."""
-    keep = model.plan(macs=flags.macs, layers=layers, multiple_of=flags.multiple_of)
+    keep = model.plan(macs=flags.macs, layers=spec.layers, multiple_of=spec.multiple_of)
     planned, dense = model.clone(keep=keep), model.clone(keep=())
     shown = [["", "tokens after each block", "GMACs"]]
     for name, variant in dict(dense=dense, planned=planned).items():
@@ -60,9 +59,9 @@ def plan_macs(model, flags: argparse.Namespace, layers: tuple[int, ...] | None):
     return planned, shown, {}
 
 
-def plan_latency(model, flags: argparse.Namespace, layers: tuple[int, ...] | None):
+def plan_latency(spec: ModelSpec, model, flags: argparse.Namespace):
     """The planned model, a table of all that were measured, and the figures in it."""
-    params = init_params(model, jax.random.key(0))  # speed does not depend on their values
+    params = spec.run_params(model) or init_params(model, jax.random.key(0))
     watch = latency.stopwatch(model, params, batch_size=flags.batch_size)
     compiled = set()
     with tqdm(total=latency.PROGRAMS, unit="program", disable=None) as bar:
@@ -78,8 +77,8 @@ def plan_latency(model, flags: argparse.Namespace, layers: tuple[int, ...] | Non
             params,
             batch_size=flags.batch_size,
             milliseconds=flags.latency_ms,
-            layers=layers,
-            multiple_of=flags.multiple_of,
+            layers=spec.layers,
+            multiple_of=spec.multiple_of,
             measure=measure,
         )
     shown = [["keep rate", "tokens after each block", "GMACs", "ms: median (range)", ""]]
@@ -108,28 +107,23 @@ def plan_latency(model, flags: argparse.Namespace, layers: tuple[int, ...] | Non
 
 def main() -> None:
     flags = arguments()
-    layers = numbers(flags.layers, int) or None
-    model = build_model(
-        flags.model,
-        reducer=flags.reducer,
-        dtype=flags.dtype,
-        image_size=numbers(flags.image_size, int) or None,
-    )
+    spec = open_spec(flags)
+    model = spec.build()
     make = plan_macs if flags.latency_ms is None else plan_latency
-    planned, shown, figures = make(model, flags, layers)
+    planned, shown, figures = make(spec, model, flags)
     print(tables.table(shown), file=sys.stderr)
     counts = ",".join(map(str, planned.keep))
     answer = dict(
-        model=flags.model,
-        reducer=flags.reducer,
-        dtype=flags.dtype,
-        multiple_of=flags.multiple_of,
+        model=spec.label,
+        reducer=spec.reducer,
+        dtype=jnp.dtype(planned.dtype).name,
+        multiple_of=spec.multiple_of,
         keep=planned.keep,
         tokens=planned.tokens_per_block,
         macs=macs(planned),
         macs_ratio=macs(model.clone(keep=())) / macs(planned),
-        argument=f"tokens=({counts}), reducer={flags.reducer!r}",
-        config=f'--config.model.tokens="({counts})" --config.model.reducer={flags.reducer}',
+        argument=f"tokens=({counts}), reducer={spec.reducer!r}",
+        config=f'--config.model.tokens="({counts})" --config.model.reducer={spec.reducer}',
     )
     print(json.dumps(answer | figures))
 

@@ -3,6 +3,10 @@
 
 python -m evit_jax.tools.visualize --model=NAME --weights=FILE --keep_rate=0.7 --out=FILE.png \\
     [--reducer=evit:fuse=False] [--image_size=H,W] [--classes=FILE] IMAGE...
+python -m evit_jax.tools.visualize --workdir=runs/digits --out=FILE.png [IMAGE...]
+
+With --workdir the model, its keep rate and the names of the classes are those of a training run;
+where no image is named, a few of its own test images are drawn.
 
 A row per image: as the model sees it, what its class token attends to where the first block
 decides, and the patches after every reducing block (six of them at most). The last line of standard
@@ -16,38 +20,38 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
 from evit_jax import cli
+from evit_jax.data import read_classes
 from evit_jax.data.augment import centre_crop, decode
 from evit_jax.errors import InputError
-from evit_jax.models import create_model, preprocessing
+from evit_jax.models import preprocessing
 from evit_jax.pictures import patches
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.storage import read, write_whole
+from evit_jax.training.trained import ModelSpec, open_spec, open_test_data
 
+EXAMPLES = 4  # of a run's data, where no image is named
 MAX_PANELS = 6  # of reducing blocks; the figures on standard output are of all
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="such as deit_tiny_patch16_224")
-    add("--weights", metavar="FILE", help=".safetensors, .pth or .npz, or hf:OWNER/REPO@COMMIT")
+    cli.add_model_flags(parser, "model", "weights", "workdir")
     add("--keep_rate", type=float, help="fraction of the patches kept by each reducing block")
-    add("--reducer", default="evit", help="evit (default), evit:fuse=False, tome:r=13, ...")
-    add("--image_size", help="another size in pixels than the model's: 224, or 224,320 (H,W)")
+    cli.add_model_flags(parser, "reducer", "layers", "multiple_of", "image_size", "num_classes")
     add("--classes", type=Path, metavar="FILE", help="JSON list of names, in class order")
     add("--out", type=Path, required=True, metavar="FILE.png")
-    add("images", nargs="+", type=Path, metavar="IMAGE")
+    add("images", nargs="*", type=Path, metavar="IMAGE")
     options = parser.parse_args(arguments)
-    if not options.weights:
-        raise InputError(
-            "--weights=FILE is needed: what a freshly drawn model attends to means nothing"
-        )
+    if not (options.images or options.workdir):
+        raise InputError("name an image to look at, or --workdir=DIR of a run with images to test")
     check_out(options.out, options.images)
     return options
 
@@ -62,26 +66,45 @@ def check_out(path: Path, images: list[Path]) -> None:
         raise InputError(f"--out={path} is one of the images to look at and would be lost")
 
 
-def parse_size(text: str | None) -> tuple[int, ...] | None:
-    """ "224" or "224,320", height first; the model checks them."""
+class View(NamedTuple):
+    """An image to look at."""
+
+    name: str
+    picture: object  # uint8 array or encoded bytes
+    label: str | None = None  # its class, where it is known
+
+
+def open_views(options: argparse.Namespace, spec: ModelSpec) -> tuple[list[View], list[str] | None]:
+    """(the images, the names of the classes or None)."""
+    names = options.classes and list(read_classes(options.classes, unique=False))
+    if options.images:
+        views = [View(str(path), read(path)) for path in options.images]
+        return views, names or (spec.config and names_of_run(spec.config))
+    source = open_test_data(spec.config)
+    names = names or list(source.classes)
+    views = []
+    for example in varied_examples(source, EXAMPLES):
+        label = names[example["label"]] if example["label"] < len(names) else None
+        views.append(View(example["name"], example["image"], label))
+    return views, names
+
+
+def names_of_run(config: dict) -> list[str] | None:
+    """The names of the classes that a run was trained on, None where its data is not at hand."""
     try:
-        return tuple(int(side) for side in text.split(",")) if text else None
-    except ValueError:
-        raise InputError(f"--image_size must be like 224 or 224,320, got {text}") from None
-
-
-def read_classes(path: Path | None) -> list[str] | None:
-    """The class names in a JSON file."""
-    if path is None:
+        return list(open_test_data(config).classes)
+    except (InputError, OSError) as error:
+        print(f"classes have numbers for names: {error}", file=sys.stderr)
         return None
-    content = read(path)
-    try:
-        names = json.loads(content)
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not names or {type(name) for name in names} != {str}:
-        raise InputError(f"--classes={path} must hold a JSON list of names, in class order")
-    return names
+
+
+def varied_examples(source, count: int) -> list[dict]:
+    """Examples of different classes, as far as some that lie all over the data have them."""
+    spread = np.unique(np.linspace(0, len(source) - 1, 10 * count).round().astype(int))
+    looked = [source[int(i)] for first in range(10) for i in spread[first::10]]
+    first_of = {example["label"]: i for i, example in reversed(list(enumerate(looked)))}
+    order = sorted(range(len(looked)), key=lambda i: (first_of[looked[i]["label"]] != i, i))
+    return [looked[i] for i in order[:count]]
 
 
 def compile_look(model, card):
@@ -104,9 +127,9 @@ def compile_look(model, card):
     return DataParallel(jax.devices()[:1]).compile_eval(look)
 
 
-def figures(seen: dict, path: Path, classes: list[str] | None) -> dict:
+def figures(seen: dict, view: View, classes: list[str] | None) -> dict:
     """The numbers of one image for standard output."""
-    row = dict(image=str(path))
+    row = dict(image=view.name) | ({} if view.label is None else dict(label=view.label))
     for variant in ("dense", "reduced"):
         best = int(seen[variant].argmax())
         label = classes[best] if classes else best
@@ -128,10 +151,12 @@ def draw_row(view: Image.Image, seen: dict, row: dict, model, blocks: list[int])
     for i in sorted({round(i) for i in np.linspace(len(blocks) - 1, 0, count)}):
         panels.append(patches.patches_panel(base, seen["owners"][i], model.grid, cell))
         labels.append(f"block {blocks[i]}: {row['kept'][i]} of {model.patches}")
-    said = (
+    said = [
         f"{variant}: {row[variant]['class']}  {row[variant]['probability']:.1%}"
         for variant in ("dense", "reduced")
-    )
+    ]
+    if "label" in row:
+        said.insert(0, f"class: {row['label']}")
     return patches.Row(panels, labels, "  |  ".join(said))
 
 
@@ -146,29 +171,39 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 def visualize(options: argparse.Namespace) -> dict:
     """Draws the picture and returns the figures."""
-    size, classes = parse_size(options.image_size), read_classes(options.classes)
-    settings = dict(keep_rate=options.keep_rate, reducer=options.reducer, image_size=size)
-    if classes:
-        settings["num_classes"] = len(classes)
-    model, params = create_model(options.model, weights=options.weights, **settings)
+    spec = open_spec(options)
+    views, classes = open_views(options, spec)
+    if classes and spec.config is None and options.num_classes is None:
+        options.num_classes = len(classes)
+        spec = open_spec(options)
+    model = spec.build(keep_rate=options.keep_rate)
     blocks = [block for block, keep in enumerate(model.keep) if keep is not None]
     if not blocks:
         raise InputError("no block reduces its tokens; ask for it, as with --keep_rate=0.7")
+    if options.classes and len(classes) != model.num_classes:
+        raise InputError(
+            f"--classes={options.classes} has {len(classes)} names and the model "
+            f"{model.num_classes} classes"
+        )
+    if classes and len(classes) < model.num_classes:
+        classes += map(str, range(len(classes), model.num_classes))
+    params = spec.load_params(model)
 
-    card = preprocessing(options.model)
+    card = preprocessing(spec.name)
     crop = dict(size=model.image_size, crop=card.crop, interpolation=card.interpolation)
-    views = [centre_crop(decode(read(path), str(path)), **crop) for path in options.images]
+    pictures = [centre_crop(decode(view.picture, view.name), **crop) for view in views]
     look = compile_look(model, card)
     rows, images = [], []
-    for number, (path, view) in enumerate(zip(options.images, views, strict=True), start=1):
-        print(f"image {number}/{len(views)}: {path}", file=sys.stderr)
-        seen = jax.device_get(look(params, np.asarray(view)[None]))
-        images.append(figures(seen, path, classes))
-        rows.append(draw_row(view, seen, images[-1], model, blocks))
+    for number, (view, picture) in enumerate(zip(views, pictures, strict=True), start=1):
+        print(f"image {number}/{len(views)}: {view.name}", file=sys.stderr)
+        seen = jax.device_get(look(params, np.asarray(picture)[None]))
+        images.append(figures(seen, view, classes))
+        rows.append(draw_row(picture, seen, images[-1], model, blocks))
 
-    title = [options.model, f"reducer {options.reducer}"]
-    if options.keep_rate is not None:
-        title.append(f"keep rate {options.keep_rate:g}")
+    title = [spec.label, f"reducer {spec.reducer}"]
+    rate = spec.keep_rate if options.keep_rate is None else options.keep_rate
+    if rate is not None:
+        title.append(f"keep rate {rate:g}")
     states = {
         getattr(patches, name.upper())
         for name in ("kept", "fused", "dropped")

@@ -145,8 +145,8 @@ def test_class_lists_set_the_labels(tmp_path):
     ("content", "text"),
     [
         ("cat, dog", r"classes.json is not JSON"),
-        ('{"cat": 0}', r"should be a JSON list of folder names"),
-        ("[0, 1]", r"should be a JSON list of folder names"),
+        ('{"cat": 0}', r"should be a JSON list of names"),
+        ("[0, 1]", r"should be a JSON list of names"),
         ("[]", r"names no classes"),
         ('["cat", "dog", "cat"]', r"names 'cat' 2 times"),
         ('["cat", "fox"]', r"train/dog is not among the 2 known classes"),

@@ -78,6 +78,24 @@ def test_accuracies_come_from_what_evaluate_printed(tmp_path):
     assert read_accuracies("", ["a"]) == {}
 
 
+def test_accuracies_of_other_layers_and_multiples_are_of_another_plan(tmp_path):
+    path = tmp_path / "evit.json"
+    rows = [
+        dict(keep_rate=rate, reducer="evit", layers=layers, multiple_of=multiple_of, top1=top1)
+        for rate, layers, multiple_of, top1 in (
+            (1.0, [2, 4], 8, 0.8), (0.7, [2, 4], 1, 0.5), (0.7, None, 1, 0.7), (0.7, None, 8, 0.6),
+            (0.5, [2, 4], 1, 0.4),
+        )
+    ]  # fmt: skip
+    path.write_text(json.dumps(dict(model="a", results=rows)))
+    dense, evit = ("a", "dense", 1.0), ("a", "evit", 0.7)
+    assert read_accuracies(str(path), ["a"]) == {dense: 0.8, evit: 0.7}
+    assert read_accuracies(str(path), ["a"], multiple_of=8) == {dense: 0.8, evit: 0.6}
+    expected = {dense: 0.8, evit: 0.5, ("a", "evit", 0.5): 0.4}
+    assert read_accuracies(str(path), ["a"], layers=(2, 4)) == expected
+    assert read_accuracies(str(path), ["a"], layers=(2, 3)) == {dense: 0.8}
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"results": [{"keep_rate": 1}]}', "3"])
 def test_other_files_are_no_accuracies(content, tmp_path):
     path = tmp_path / "x.json"

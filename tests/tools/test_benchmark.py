@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from evit_jax.errors import InputError
-from evit_jax.measure import comparison, programs
+from evit_jax.measure import comparison, programs, training_steps
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.plan.flops import logit_macs, macs
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.tools import benchmark
+from evit_jax.training.trained import ModelSpec, spec_of_name, spec_of_run
+from tests.support.trained_run import make_run
 from tests.tools.test_evaluate import tool
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=1, num_heads=2, num_classes=5)
@@ -27,9 +29,9 @@ TINY = "vit:" + ",".join(f"{name}={value}" for name, value in SIZES.items())
 def comparisons_of(**changes):
     settings = dict(
         dtypes=[jnp.dtype("float32")], modes=["inference"], batch_sizes=(2,), reducers=["evit"],
-        keep_rates=(0.5,), image_size=(),
+        keep_rates=(0.5,),
     )  # fmt: skip
-    return comparison.comparisons_of([TINY], **settings | changes)
+    return comparison.comparisons_of([spec_of_name(TINY)], **settings | changes)
 
 
 def test_the_tool_reports_all_combinations_and_dense_unasked(tmp_path):
@@ -118,9 +120,9 @@ def test_training_is_the_real_step_and_hands_one_state_on():
     dense = build_model("vit", **SIZES | dict(depth=2))  # reducing in the last block saves nothing
     params = devices.init(lambda key: init_params(dense, key), jax.random.key(0))
     before = jax.tree.map(np.asarray, params)
-    batch = programs.synthetic_batch(dense.image_size, 2, dense.num_classes, devices)
+    batch = training_steps.synthetic_batch(dense.image_size, 2, dense.num_classes, devices)
     assert (batch["image"].dtype, batch["image"].shape) == (jnp.uint8, (2, 16, 16, 3))
-    training = programs.Training(params, preprocessing("vit"), batch, devices)
+    training = training_steps.Training(params, preprocessing("vit"), batch, devices)
     reduced = dense.clone(keep=dense.plan(keep_rate=0.5))
     steps = [training.program(model) for model in (dense, reduced)]
     for program in steps * 2:
@@ -178,27 +180,87 @@ def test_programs_kept_on_disk_do_not_shorten_compiling():
 
 
 def test_reducers_with_a_schedule_take_no_keep_rate():
+    tiny = spec_of_name(TINY)
     variants = comparison.variants_of(
-        TINY, reducers=["evit", "evit:fuse=False", "tome:r=2"], keep_rates=(1, 0.7, 0.5)
+        tiny, reducers=["evit", "evit:fuse=False", "tome:r=2"], keep_rates=(1, 0.7, 0.5)
     )
     assert [variant.name for variant in variants] == [
         "dense", "evit 0.7", "evit 0.5", "evit:fuse=False 0.7", "evit:fuse=False 0.5", "tome:r=2"
     ]  # fmt: skip
     assert [variant.model.tokens_per_block[0] for variant in variants] == [17, 14, 10, 13, 9, 15]
-    assert [v.name for v in comparison.variants_of(TINY, reducers=["evit"])] == [
+    assert [v.name for v in comparison.variants_of(tiny, reducers=["evit"])] == [
         "dense",
         "evit 0.7",
     ]
-    named = comparison.variants_of(
-        "deit_tiny_patch16_224", reducers=["tome:r=13"], image_size=(64,)
-    )
+    named = ModelSpec("x", dict(name="deit_tiny_patch16_224", image_size=(64,)))
+    named = comparison.variants_of(named, reducers=["tome:r=13"])
     assert [variant.model.image_size for variant in named] == [(64, 64)] * 2
+
+
+def test_a_run_is_timed_at_its_own_rate_or_plan_unless_told_otherwise(tmp_path):
+    def variants(workdir, **settings):
+        found = comparison.variants_of(spec_of_run(str(workdir)), **settings)
+        return [(variant.name, variant.model.tokens_per_block) for variant in found]
+
+    dense, own = ("dense", (17,) * 4), ("evit 0.7", (17, 14, 12, 12))  # in blocks 1 and 2
+    make_run(tmp_path / "rate", checkpoint=False)
+    assert variants(tmp_path / "rate") == [dense, own]
+    merged = ("tome:r=2", (15, 13, 11, 9))  # in all blocks
+    assert variants(tmp_path / "rate", reducers=["tome:r=2", "evit"]) == [dense, merged, own]
+    half = ("evit 0.5", (17, 10, 7, 7))
+    assert variants(tmp_path / "rate", keep_rates=(1, 0.5)) == [dense, half]
+    make_run(tmp_path / "counts", checkpoint=False, model=dict(keep_rate=None, tokens=(9, 5)))
+    assert variants(tmp_path / "counts") == [dense, ("evit", (17, 11, 7, 7))]
+    assert variants(tmp_path / "counts", keep_rates=(0.5,)) == [dense, half]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls the tool in this process, with few and short rounds: the JSON object."""
+
+    def call(*arguments):
+        quick = ["--batch_sizes=2", "--rounds=1", "--seconds=0.001"]
+        monkeypatch.setattr(sys, "argv", ["benchmark", *quick, *map(str, arguments)])
+        benchmark.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_tool_times_a_run_beside_the_accuracies_of_its_plan(checkpoint, run, tmp_path):
+    make_run(tmp_path / "run", checkpoint=checkpoint)
+    label = str(tmp_path / "run")
+    accuracies = tmp_path / "accuracies.json"
+    rows = [
+        dict(keep_rate=rate, reducer="evit", layers=layers, multiple_of=1, top1=top1)
+        for rate, layers, top1 in ((1.0, None, 0.9), (0.7, None, 0.8), (0.7, [0, 3], 0.7))
+    ]
+    accuracies.write_text(json.dumps(dict(model=label, results=rows)))
+    flags = f"--workdir={label}", f"--accuracies={accuracies}"
+    results = run(*flags)["results"]
+    assert [(row["model"], row["reducer"], row["keep_rate"], row["top1"]) for row in results] == [
+        (label, "dense", 1, 0.9), (label, "evit", 0.7, 0.8)
+    ]  # fmt: skip
+    assert results[1]["tokens"] == [17, 14, 12, 12]
+    if checkpoint:
+        return
+    results = run(*flags, "--layers=0,3")["results"]
+    assert [(row["tokens"], row["top1"]) for row in results] == [
+        ([17] * 4, 0.9), ([14, 14, 14, 12], 0.7)
+    ]  # fmt: skip
+    accuracies.write_text(json.dumps(dict(model=label, results=rows[2:])))
+    with pytest.raises(InputError, match="has none of the variants to be timed"):
+        run(*flags)
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "the following arguments are required: --model"),
+        ([], "give --model=NAME, or --workdir=DIR of a training run"),
+        (["--workdir=/nowhere"], "/nowhere is no training run"),
+        (["--workdir=x", f"--model={TINY}"], "leave out --model"),
+        ([f"--model={TINY}", "--mode="], "unknown mode ''"),
         (["--model=deit_tiny"], "unknown model 'deit_tiny'"),
         (["--model=vit:widht=3"], "did you mean 'width'"),
         (["--model=vit:keep_rate=0.5"], "keep_rate is no size of the model"),

@@ -18,9 +18,12 @@ from evit_jax.data import open_source
 from evit_jax.data.augment import decode
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
+from evit_jax.tools import evaluate
 from evit_jax.training.checkpoint import Checkpoints
+from evit_jax.training.trained import load_run, spec_of_name, spec_of_run
 from evit_jax.weights.names import tensors_from_params
 from tests.data.test_sources import make_folder
+from tests.support.trained_run import MODEL, make_run
 
 ROOT = Path(__file__).parents[2]
 NAME = "deit_tiny_patch16_224"
@@ -79,6 +82,92 @@ def test_evaluate_counts_every_image_at_every_rate(weights, tmp_path):
     assert dense["top5"] == np.mean([label in row for label, row in zip(labels, best, strict=True)])
 
 
+@pytest.fixture
+def evaluate_run(monkeypatch, capsys):
+    """Calls evaluate in this process: its list of results."""
+
+    def call(workdir, *arguments):
+        flags = [f"--workdir={workdir}", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *flags])
+        evaluate.main()
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (figures["model"], figures["dtype"]) == (str(workdir), "float32")
+        return figures["results"]
+
+    return call
+
+
+def test_a_run_is_evaluated_on_its_own_data_dense_and_at_its_rate(evaluate_run, tmp_path):
+    params = make_run(tmp_path / "run", ema=True)
+    rows = evaluate_run(tmp_path / "run")
+    assert [(row["keep_rate"], row["tokens"]) for row in rows] == [
+        (1, [17] * 4), (0.7, [17, 14, 12, 12])
+    ]  # fmt: skip
+    digits = open_source("digits", "test")
+    images = evit_jax.preprocess("vit", [digit["image"] for digit in digits], size=(16, 16))
+    labels = np.array(digits.labels)
+    for row in rows:
+        model = build_model(
+            "vit", patch_size=4, num_classes=10, keep_rate=row["keep_rate"], **MODEL
+        )
+        logits, _ = jax.jit(lambda p, x, model=model: model.apply({"params": p}, x))(params, images)
+        loss = -jax.nn.log_softmax(logits)[np.arange(len(labels)), labels].mean()
+        assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
+        top1 = float(np.mean(np.argmax(logits, axis=1) == labels))
+        assert row["top1"] == pytest.approx(top1, abs=0.003)
+        assert (row["images"], row["layers"], row["multiple_of"]) == (359, None, 1)
+    assert rows[0]["loss"] != rows[1]["loss"]
+
+
+def test_flags_override_what_a_run_was_trained_with(evaluate_run, tmp_path):
+    make_run(tmp_path / "run", model=dict(multiple_of=4))
+    root = make_folder(tmp_path / "data", splits=("val",), classes="0123456789", count=1)
+    flags = "--layers=0,3", "--reducer=random", "--keep_rate=0.5", "--multiple_of=1,4"
+    rows = evaluate_run(tmp_path / "run", f"--data={root}", *flags)
+    assert [row["tokens"] for row in rows] == [[9, 9, 9, 5], [12, 12, 12, 8]]
+    assert {(tuple(row["layers"]), row["reducer"]) for row in rows} == {((0, 3), "random")}
+    assert {row["images"] for row in rows} == {10}
+
+
+def test_a_run_is_evaluated_at_all_that_it_was_trained_at(tmp_path):
+    def rates(**changes):
+        make_run(tmp_path, checkpoint=False, **changes)
+        spec = spec_of_run(str(tmp_path))
+        return evaluate.default_rates(spec), evaluate.default_rates(spec.with_reducer("tome:r=2"))
+
+    assert rates() == ((1, 0.7), (1, None))
+    assert rates(sandwich=(1.0, 0.8, 0.5)) == ((1, 0.8, 0.7, 0.5), (1, None))
+    assert rates(model=dict(keep_rate=None)) == ((1,), (1, None))
+    assert rates(model=dict(keep_rate=None, tokens=(9, 5))) == ((1, None), (1, None))
+    assert evaluate.default_rates(spec_of_name("vit")) == (None,)
+
+
+def test_a_run_may_have_more_classes_than_its_data_but_other_data_not(evaluate_run, tmp_path):
+    make_run(tmp_path / "run", model=dict(num_classes=12, keep_rate=None))
+    (row,) = evaluate_run(tmp_path / "run")
+    assert (row["keep_rate"], row["images"]) == (1, 359)
+    root = make_folder(tmp_path / "data", splits=("val",), classes="01", count=1)
+    with pytest.raises(InputError, match="the data has 2 classes and the model 12"):
+        evaluate_run(tmp_path / "run", f"--data={root}")
+
+
+def test_sizes_are_a_model_too(evaluate_run, tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run")
+    out = tmp_path / "run.safetensors"
+    run = load_run(tmp_path / "run")
+    save_file(tensors_from_params(run.params, run.model), out)
+    root = make_folder(tmp_path / "data", splits=("val",), classes="0123456789", count=1)
+    same = f"--data={root}", "--keep_rate=0.7", "--layers=1,2"
+    sizes = "vit:image_size=16,patch_size=4,width=16,depth=4,num_heads=2,num_classes=10"
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--model={sizes}", f"--weights={out}", *same])
+    evaluate.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = evaluate_run(tmp_path / "run", *same)
+    assert found["model"] == sizes
+    for name in ("loss", "top1", "top5", "tokens", "layers"):
+        assert found["results"][0][name] == row[name]
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -86,6 +175,9 @@ def test_evaluate_counts_every_image_at_every_rate(weights, tmp_path):
         (["--keep_rate=a"], "expected numbers"),
         (["--reducer=evti"], "did you mean 'evit'?"),
         (["--data=/nowhere"], "/nowhere is not a folder"),
+        (["--data="], "--data=FOLDER is needed"),
+        (["--weights="], "--weights=FILE is needed"),
+        (["--workdir=x"], "leave out --model"),
         (["--classes="], "the data has 2 classes and the model 1000; --classes=FILE"),
         (["--interpolation=cubic"], "did you mean 'bicubic'?"),
         (["--crop=2"], "crop is a fraction in (0, 1]"),

@@ -3,12 +3,16 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
+from evit_jax.measure import latency
 from evit_jax.models import build_model
 from evit_jax.plan.flops import macs
 from evit_jax.tools import plan
+from tests.support.trained_run import MODEL, make_run
 from tests.tools.test_evaluate import tool
 
 SMALL = "deit_small_patch16_224"
@@ -49,6 +53,33 @@ def test_layers_and_multiples_are_passed_on(run):
     figures, _ = run(f"--model={SMALL}", "--macs=3.0e9", "--layers=2,5", "--multiple_of=16")
     model = build_model(SMALL, macs=3.0e9, layers=(2, 5), multiple_of=16)
     assert figures["tokens"] == list(model.tokens_per_block)
+
+
+def test_a_run_without_a_checkpoint_is_planned_with_its_own_layers(run, tmp_path):
+    make_run(tmp_path, checkpoint=False, model=dict(reducer="evit:fuse=False"))
+    figures, _ = run(f"--workdir={tmp_path}", "--macs=1.8e5")
+    sizes = MODEL | dict(patch_size=(4, 4), num_classes=10, reducer="evit:fuse=False")
+    model = build_model("vit", macs=1.8e5, **sizes)
+    assert figures["tokens"] == list(model.tokens_per_block)
+    assert 5 < figures["tokens"][2] < figures["tokens"][1] < figures["tokens"][0] == 17
+    assert (figures["model"], figures["reducer"]) == (str(tmp_path), "evit:fuse=False")
+    figures, _ = run(f"--workdir={tmp_path}", "--macs=1.8e5", "--layers=0")
+    model = build_model("vit", macs=1.8e5, **sizes | dict(layers=(0,)))
+    assert figures["tokens"] == list(model.tokens_per_block)
+
+
+def test_time_is_measured_with_the_weights_of_a_run(run, tmp_path, monkeypatch):
+    expected, seen = make_run(tmp_path), []
+    stopwatch = latency.stopwatch
+
+    def record(model, params, **settings):
+        seen.append(params)
+        return stopwatch(model, params, **settings)
+
+    monkeypatch.setattr(latency, "stopwatch", record)
+    figures, _ = run(f"--workdir={tmp_path}", "--latency_ms=1e5")
+    assert figures["keep"] == [None] * 4
+    jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
 
 
 def test_a_budget_of_time_is_measured_here():

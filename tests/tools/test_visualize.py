@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evit_jax.data import open_source
 from evit_jax.models import create_model, vit
 from evit_jax.models.card import Preprocessing
 from evit_jax.models.images import preprocess
@@ -18,8 +19,10 @@ from evit_jax.pictures.patches import DROPPED, FUSED, KEPT, patch_states
 from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import Signals, Tokens
 from evit_jax.tools import visualize
+from evit_jax.training.trained import load_run
 from evit_jax.weights.files import write_safetensors
 from evit_jax.weights.names import tensors_from_params
+from tests.support.trained_run import make_run
 
 TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=4, num_classes=10)
 GRID, CELL = (2, 3), (4, 5)
@@ -224,7 +227,9 @@ def test_a_method_that_reduces_in_every_block_gets_six_panels_and_all_figures(
         ({"--image_size": "big"}, "224,320"),
         ({"--image_size": "33"}, "not a multiple"),
         ({"--classes": "nowhere.json"}, "nowhere.json is not a file"),
-        ({"--classes": __file__}, "JSON list of names"),
+        ({"--classes": __file__}, "test_visualize.py is not JSON"),
+        ({"--model": None}, "give --model=NAME, or --workdir=DIR"),
+        ({"--workdir": "x"}, "leave out --model"),
         ({"--out": "nowhere/out.png"}, "cannot be written"),
         ({"--out": "out.jpg"}, "must be a .png file"),
         ({"--out": None}, "--out"),
@@ -257,6 +262,76 @@ def test_no_image_is_overwritten(tiny, tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """The flags for a run on digits, whose model is of another size than the tiny one."""
+    make_run(tmp_path / "run")
+    return {"--workdir": tmp_path / "run", "--out": tmp_path / "out.png"}
+
+
+def test_a_run_shows_test_images_of_different_classes_at_its_own_rate(trained, tmp_path, capsys):
+    found = run(trained, tmp_path, capsys, images=())
+    assert found["blocks"] == [1, 2]
+    digits = {digit["name"]: digit for digit in open_source("digits", "test")}
+    assert len({row["label"] for row in found["images"]}) == len(found["images"]) == 4
+    own = load_run(tmp_path / "run")
+    for row in found["images"]:
+        digit = digits[row["image"]]
+        assert row["label"] == str(digit["label"])
+        images = preprocess("vit", [digit["image"]], size=(16, 16))
+        logits, out = jax.jit(own.model.apply)({"params": own.params}, images)
+        assert row["reduced"]["class"] == str(int(logits.argmax()))
+        best = float(jax.nn.softmax(logits).max())
+        assert row["reduced"]["probability"] == pytest.approx(best, abs=1e-5)
+        states = [patch_states(np.asarray(owner[0])).tolist() for owner in out["owner"]]
+        assert row["kept"] == [state.count(KEPT) for state in states]
+
+
+def test_a_run_takes_other_images_flags_and_names_too(trained, tiny, tmp_path, capsys):
+    flags = trained | {"--layers": "0,3", "--reducer": "evit:fuse=False", "--keep_rate": 0.5}
+    found = run(flags, tmp_path, capsys, images=["a.png"])
+    assert found["blocks"] == [0, 3]
+    assert found["images"][0]["kept"] == [8, 4]
+    assert found["images"][0]["dense"]["class"] in set("0123456789")  # of the run's data
+    assert "label" not in found["images"][0]
+
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(["crane"] * 10))
+    found = run(trained | {"--classes": names}, tmp_path, capsys, images=())
+    assert {row["label"] for row in found["images"]} == {"crane"}
+
+    names.write_text(json.dumps(["crane"] * 9))
+    with pytest.raises(SystemExit):
+        run(trained | {"--classes": names}, tmp_path, capsys, images=["a.png"])
+    check_line(capsys.readouterr(), "has 9 names and the model 10 classes")
+
+
+def test_classes_have_numbers_where_the_data_of_a_run_is_not_at_hand(tmp_path, tiny, capsys):
+    make_run(tmp_path / "run", data=dict(name="folder", dir="/nowhere"))
+    flags = {"--workdir": tmp_path / "run", "--out": tmp_path / "out.png"}
+    found = run(flags, tmp_path, capsys, images=["a.png"])
+    assert type(found["images"][0]["dense"]["class"]) is int
+    with pytest.raises(SystemExit):
+        run(flags, tmp_path, capsys, images=())
+    check_line(capsys.readouterr(), "/nowhere is not a folder")
+
+
+def test_without_an_image_or_a_run_there_is_nothing_to_look_at(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path, capsys, images=())
+    check_line(capsys.readouterr(), "name an image to look at, or --workdir=DIR")
+
+
+def test_examples_are_of_different_classes_as_far_as_there_are_some():
+    by_class = [dict(label=label) for label in range(5) for _ in range(300)]
+    assert [row["label"] for row in visualize.varied_examples(by_class, 4)] == [0, 1, 2, 3]
+    two = [dict(label=int(i == 7), name=i) for i in range(9)]
+    found = visualize.varied_examples(two, 4)
+    assert sorted(row["label"] for row in found) == [0, 0, 0, 1]
+    assert len({row["name"] for row in found}) == 4
+    assert visualize.varied_examples(two[:1], 4) == two[:1]
+
+
 def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "out.png"
     path.write_text("old")
@@ -276,7 +351,7 @@ def test_the_program_says_in_one_line_what_it_needs():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: the following arguments are required: --model, --out")
+    assert done.stderr.startswith("error: the following arguments are required: --out")
     assert done.stderr.count("\n") == 1
 
 

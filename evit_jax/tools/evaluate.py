@@ -15,7 +15,6 @@ The last line of standard output is a JSON object with a list `results`, an obje
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,7 +33,8 @@ from evit_jax.errors import InputError
 from evit_jax.models import preprocessing
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.spec import numbers
-from evit_jax.training import metrics, steps
+from evit_jax.training import steps
+from evit_jax.training.evaluation import run_through
 from evit_jax.training.trained import ModelSpec, open_spec, open_test_data, reduces
 
 BATCH_SIZE = 50
@@ -110,7 +110,16 @@ def main() -> None:
         for variant in variants
     ]
 
-    sums, seconds = [[] for _ in variants], [0.0 for _ in variants]
+    seconds = [[] for _ in variants]
+
+    def timed(number: int, batch: dict) -> dict:
+        if not seconds[number]:  # compiles and warms up
+            jax.block_until_ready(programs[number](params, batch))
+        start = time.perf_counter()
+        sums = jax.block_until_ready(programs[number](params, batch))
+        seconds[number].append(time.perf_counter() - start)
+        return sums
+
     batches = pipeline.eval_batches(
         source,
         size=model.image_size,
@@ -122,32 +131,29 @@ def main() -> None:
         threads=flags.threads,
     )
     total = -(-len(source) // batch_size)
-    with contextlib.closing(batches):
-        for number, batch in enumerate(tqdm(batches, total=total, unit="batch", disable=None)):
-            batch = devices.put(batch)
-            for i, program in enumerate(programs):
-                if number == 0:  # compiles and warms up
-                    jax.block_until_ready(program(params, batch))
-                start = time.perf_counter()
-                sums[i].append(jax.block_until_ready(program(params, batch)))
-                seconds[i] += time.perf_counter() - start
+    with tqdm(total=total, unit="batch", disable=None) as bar:
+        means = run_through(
+            batches,
+            {number: functools.partial(timed, number) for number in range(len(variants))},
+            devices,
+            see=lambda host: bar.update(),
+        )
 
     layers = numbers(flags.layers or "", int) or None  # None: the reducer's, or the run's, own
     results = []
     shown = [["keep rate", "multiple of", "tokens", "top-1", "top-5", "loss", "images/s"]]
-    for request, variant, totals, spent in zip(requests, variants, sums, seconds, strict=True):
-        rate, multiple_of = request
-        means = metrics.means(totals, "test")
-        speed = total * batch_size / spent  # padding is computed too
+    for number, (rate, multiple_of) in enumerate(requests):
+        variant, scores = variants[number], means[number]
+        speed = total * batch_size / sum(seconds[number])  # padding is computed too
         results.append(
             dict(
                 keep_rate=rate,
                 reducer=spec.reducer,
                 layers=layers,
                 multiple_of=multiple_of,
-                top1=means["test_top1"],
-                top5=means["test_top5"],
-                loss=means["test_loss"],
+                top1=scores["test_top1"],
+                top5=scores["test_top5"],
+                loss=scores["test_loss"],
                 images=len(source),
                 images_per_second=speed,
                 tokens=variant.tokens_per_block,
@@ -158,9 +164,9 @@ def main() -> None:
                 spec.reducer if rate is None else f"{rate:g}",
                 f"{multiple_of}",
                 tables.runs(variant.tokens_per_block),
-                f"{100 * means['test_top1']:.2f} %",
-                f"{100 * means['test_top5']:.2f} %",
-                f"{means['test_loss']:.4f}",
+                f"{100 * scores['test_top1']:.2f} %",
+                f"{100 * scores['test_top5']:.2f} %",
+                f"{scores['test_loss']:.4f}",
                 f"{speed:,.0f}",
             ]
         )

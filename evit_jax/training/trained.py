@@ -16,6 +16,7 @@ from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params, load_params
 from evit_jax.plan.counts import PLAN_FIELDS
 from evit_jax.spec import numbers, parse_fields, parse_size
+from evit_jax.storage import as_path, explained
 from evit_jax.weights.names import params_from_tensors, tensors_from_params
 
 # Settings of `build_model` that are no sizes: tools have flags for them.
@@ -47,12 +48,15 @@ def read_config(workdir: str | Path) -> dict:
     Raises:
       InputError: there is none.
     """
-    path = Path(workdir).expanduser() / "config.json"
-    if not path.is_file():
-        why = "it has no config.json" if path.parent.is_dir() else "there is no such folder"
-        raise InputError(f"{workdir} is no training run: {why}; give train.py's --workdir")
+    folder = as_path(workdir)
+    path = folder / "config.json"
+    with explained(folder):
+        if not path.exists():
+            why = "it has no config.json" if folder.is_dir() else "there is no such folder"
+            raise InputError(f"{workdir} is no training run: {why}; give train.py's --workdir")
+        content = path.read_text()
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(content)
         return config | dict(model=dict(config["model"]))
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: it is not what train.py writes") from None
@@ -60,8 +64,9 @@ def read_config(workdir: str | Path) -> dict:
 
 def has_checkpoint(workdir: str | Path) -> bool:
     """Whether a save of this run was ever completed."""
-    folder = Path(workdir).expanduser() / "checkpoints"
-    return any(saved.name.isdigit() for saved in folder.glob("*"))
+    folder = as_path(workdir) / "checkpoints"
+    with explained(folder):
+        return folder.is_dir() and any(saved.name.isdigit() for saved in folder.iterdir())
 
 
 def load_checkpoint(workdir: str | Path) -> dict:
@@ -77,8 +82,7 @@ def load_checkpoint(workdir: str | Path) -> dict:
         )
     from evit_jax.training.checkpoint import Checkpoints  # Orbax takes long to import
 
-    folder = Path(workdir).expanduser() / "checkpoints"
-    state = Checkpoints(folder, read_only=True).load()
+    state = Checkpoints(as_path(workdir) / "checkpoints", read_only=True).load()
     return state.get("ema", state["params"])
 
 

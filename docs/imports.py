@@ -18,7 +18,7 @@ from tests.test_layout import FILES, FLOOR, FLOORS, imported, lines_of_code, par
 SCALE = 2
 BOX, GAP, FLOOR_HEIGHT, MARGIN = (104, 44), 34, 104, 24
 INK, PAPER, WALL = (30, 30, 30), (255, 255, 255), (243, 240, 232)
-COLOURS = (
+COLORS = (
     (0, 114, 178),
     (213, 94, 0),
     (0, 158, 115),
@@ -73,14 +73,14 @@ def draw(rooms: dict[str, list[Path]], pairs: set[tuple[str, str]]) -> Image.Ima
         canvas.rectangle(box, WALL)
     for number, room in enumerate(centers):
         below = sorted((b for a, b in pairs if a == room), key=lambda b: centers[b][0])
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         for place, target in enumerate(below):
             (x, y), (to_x, to_y) = centers[room], centers[target]
             x += (place + 1) * BOX[0] / (len(below) + 1) - BOX[0] / 2  # each its own door
             into = sorted((a for a, b in pairs if b == target), key=lambda a: centers[a][0])
             to_x += (into.index(room) + 1) * BOX[0] / (len(into) + 1) - BOX[0] / 2
             line = [x, y + BOX[1] / 2, to_x, to_y - BOX[1] / 2]
-            canvas.line([value * SCALE for value in line], colour, SCALE)
+            canvas.line([value * SCALE for value in line], color, SCALE)
     for room, (x, y) in centers.items():
         left, top = x - BOX[0] // 2, y - BOX[1] // 2
         box = [left * SCALE, top * SCALE, (left + BOX[0]) * SCALE, (top + BOX[1]) * SCALE]

@@ -27,7 +27,7 @@ def split_specs(text: str) -> list[str]:
 
 
 def parse_field(item: str) -> tuple[str, bool | int | float | str | None]:
-    """One of them; whole numbers, numbers, True, False and None are recognised."""
+    """One of them; whole numbers, numbers, True, False and None are recognized."""
     name, equals, text = item.partition("=")
     if not equals:
         return name, True

@@ -43,7 +43,7 @@ def random_box(
     """A crop of random area and aspect: (left, top, right, bottom).
 
     Ten tries at an area uniform in `scale` of the image and an aspect log-uniform in `ratio`; then
-    the largest centre crop within `ratio`, as in torchvision and timm.
+    the largest center crop within `ratio`, as in torchvision and timm.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -75,10 +75,10 @@ def random_resized_crop(
     return cropped.resize(size[::-1], INTERPOLATIONS[interpolation])
 
 
-def centre_crop(
+def center_crop(
     image: Image.Image, *, size: tuple[int, int], crop: float, interpolation: str
 ) -> Image.Image:
-    """The evaluation view: resized to cover size / crop, then its centre of `size`.
+    """The evaluation view: resized to cover size / crop, then its center of `size`.
 
     For a square `size` the shorter side becomes floor(size / crop) and the longer keeps the aspect,
     rounded down.

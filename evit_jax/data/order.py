@@ -19,7 +19,7 @@ class Order:
     With `repeats` above 1 every image that is drawn comes so many times in a row, each to be
     augmented differently (repeated augmentation: Hoffer et al. 2020, 3 times in DeiT). An epoch is
     still `length` places, so one epoch shows a part of the images and the next ones the others. In
-    a batch, repeats are kept apart from one another: the device mixes neighbours in pairs, and an
+    a batch, repeats are kept apart from one another: the device mixes neighbors in pairs, and an
     image mixed with itself would not be mixed. Its two halves take turns instead.
     """
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
-from evit_jax.data.augment import centre_crop, decode, random_resized_crop
+from evit_jax.data.augment import center_crop, decode, random_resized_crop
 from evit_jax.data.loader import Part, prepare
 from evit_jax.data.order import Order
 from evit_jax.data.randaugment import color_jitter, rand_augment
@@ -45,7 +45,7 @@ def train_view(
     interpolation: str,
     fill: tuple[int, int, int],
 ) -> np.ndarray:
-    """Random resized crop, flip, then RandAugment or else colour jitter: timm's order."""
+    """Random resized crop, flip, then RandAugment or else color jitter: timm's order."""
     image = random_resized_crop(
         image, rng, size=size, scale=scale, ratio=ratio, interpolation=interpolation
     )
@@ -104,7 +104,7 @@ class TrainExample:
 
 @dataclasses.dataclass(frozen=True)
 class EvalExample:
-    """Index -> decoded centre crop and mask; an index past the end is padding."""
+    """Index -> decoded center crop and mask; an index past the end is padding."""
 
     source: object
     size: tuple[int, int]
@@ -120,7 +120,7 @@ class EvalExample:
             try:
                 decoded = decode(element["image"], element["name"])
                 image = np.asarray(
-                    centre_crop(
+                    center_crop(
                         decoded, size=self.size, crop=self.crop, interpolation=self.interpolation
                     )
                 )

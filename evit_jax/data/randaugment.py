@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RandAugment as timm's `rand-m9-mstd0.5-inc1` and torchvision's colour jitter, in Pillow.
+"""RandAugment as timm's `rand-m9-mstd0.5-inc1` and torchvision's color jitter, in Pillow.
 
 The operations are pure functions in one table; what is random is drawn by `rand_augment` alone.
 RandAugment: https://arxiv.org/abs/1909.13719.

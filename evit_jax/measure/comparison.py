@@ -133,7 +133,7 @@ def compile_all(
         compile_one = Training(params, card, batch, devices).program
     else:
         params = cast(params, model.dtype, devices)
-        images = devices.init(card.normalise, batch["image"])
+        images = devices.init(card.normalize, batch["image"])
         compile_one = functools.partial(inference, params=params, images=images, devices=devices)
     programs = {}
     for variant in comparison.variants:

@@ -22,7 +22,7 @@ from evit_jax.plan.flops import macs
 from evit_jax.runtime.parallel import DataParallel
 
 RATES = tuple(percent / 100 for percent in range(100, 0, -1))
-PROGRAMS = 10  # compiled on a steady machine: dense, the halvings of RATES, and neighbours
+PROGRAMS = 10  # compiled on a steady machine: dense, the halvings of RATES, and neighbors
 MOST = 16  # where plans took another time in turns than alone
 
 # Plans -> for each of them the seconds of several runs, in which the plans took turns.
@@ -137,7 +137,7 @@ def stopwatch(
     """Times plans of a model on the first device, with the programs that the benchmark times.
 
     Each plan is compiled once, when first asked for. A call is waited for before the next one.
-    Images are random, normalised and on the device.
+    Images are random, normalized and on the device.
 
     Args:
       model, params, batch_size: as for `fit_latency`.

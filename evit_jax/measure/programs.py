@@ -42,7 +42,7 @@ def without_program_cache() -> Iterator[None]:
 
 
 def inference(model, params: dict, images: jax.Array, devices: DataParallel) -> Program:
-    """The logits, and nothing else, of normalised images (B, H, W, 3) float32."""
+    """The logits, and nothing else, of normalized images (B, H, W, 3) float32."""
 
     def logits(params, images):
         return Chunked(model).apply({"params": params}, images)[0]

@@ -22,7 +22,7 @@ def take_turns(
 
     In each of `rounds` every variant has a turn, of as many calls as fit in about `seconds`; a
     round's figure is the mean of its calls. Every other round goes through them backwards, so that
-    no variant always follows the same one and a slow drift of the machine favours none.
+    no variant always follows the same one and a slow drift of the machine favors none.
 
     Args:
       variants: name -> the function to time.

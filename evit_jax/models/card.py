@@ -18,7 +18,7 @@ class Preprocessing:
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    crop: float = 1.0  # evaluation: side of the centre crop over the resized shorter side
+    crop: float = 1.0  # evaluation: side of the center crop over the resized shorter side
     interpolation: str = "bicubic"  # "bicubic", "bilinear", "nearest" or "lanczos", antialiased
 
     def __post_init__(self):
@@ -28,16 +28,18 @@ class Preprocessing:
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The mean as a uint8 colour, for pixels that augmentation uncovers."""
+        """The mean as a uint8 color, for pixels that augmentation uncovers."""
         return tuple(min(round(255 * value), 255) for value in self.mean)
 
-    def normalise(self, images: jax.Array) -> jax.Array:
+    def normalize(self, images: jax.Array) -> jax.Array:
         """(..., 3) uint8 RGB -> float32 with the model's mean and standard deviation."""
         mean, std = self.per_channel(images.ndim)
         return (images.astype(jnp.float32) / 255 - mean) / std
 
-    def renormalise(self, images: jax.Array, other: "Preprocessing") -> jax.Array:
-        """Images normalised with this card -> normalised with the other one's mean and std."""
+    normalise = normalize  # its name in version 0.1
+
+    def renormalize(self, images: jax.Array, other: "Preprocessing") -> jax.Array:
+        """Images normalized with this card -> normalized with the other one's mean and std."""
         (mean, std), (mean_there, std_there) = (
             card.per_channel(images.ndim) for card in (self, other)
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from evit_jax.data.augment import centre_crop, decode
+from evit_jax.data.augment import center_crop, decode
 from evit_jax.errors import InputError
 from evit_jax.models import check_size, find_model, preprocessing
 from evit_jax.storage import read
@@ -21,8 +21,8 @@ def preprocess(
 ) -> jax.Array:
     """Files or uint8 arrays -> (B, height, width, 3) float32, as the named model was evaluated.
 
-    Resized and centre cropped with the crop fraction and interpolation of the model's card, then
-    normalised with its mean and standard deviation.
+    Resized and center cropped with the crop fraction and interpolation of the model's card, then
+    normalized with its mean and standard deviation.
 
     Args:
       name: of the model, as for `create_model`.
@@ -45,8 +45,8 @@ def preprocess(
         elif getattr(image, "dtype", None) != np.uint8:
             raise InputError(f"{label} must be a path or a uint8 array, got {type(image).__name__}")
         picture = decode(image, label)
-        view = centre_crop(picture, size=size, crop=card.crop, interpolation=card.interpolation)
+        view = center_crop(picture, size=size, crop=card.crop, interpolation=card.interpolation)
         views.append(np.asarray(view))
     if not views:
         raise InputError("there are no images to preprocess")
-    return card.normalise(jax.numpy.asarray(np.stack(views)))
+    return card.normalize(jax.numpy.asarray(np.stack(views)))

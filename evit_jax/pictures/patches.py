@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 DROPPED, FUSED, KEPT = -1, 0, 1  # the states of a patch
 AREA = 168**2  # pixels of a panel, about: 12 for each of 14 x 14 patches, so cells are whole
-TINT = np.array([0, 190, 175])  # of fused patches, a colour that few photographs have
+TINT = np.array([0, 190, 175])  # of fused patches, a color that few photographs have
 INK, PAPER, GREY = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 GAP = 8
-HEAT = np.array(  # dark to bright, in equal steps, and readable without colour
+HEAT = np.array(  # dark to bright, in equal steps, and readable without color
     [[0, 0, 4], [66, 10, 104], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 255, 164]]
 )
 
@@ -61,8 +61,8 @@ def patches_panel(
 
     token = spread(np.where(states == FUSED, owner, -1), grid, cell)
     around = np.pad(token, 1, constant_values=-1)
-    neighbours = around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]
-    border = (token >= 0) & np.any([token != other for other in neighbours], axis=0)
+    neighbors = around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]
+    border = (token >= 0) & np.any([token != other for other in neighbors], axis=0)
     return np.where(border[..., None], TINT, panel).round().astype(np.uint8)
 
 
@@ -73,9 +73,9 @@ def attention_panel(
     share = np.sqrt(attention / max(attention.max(), np.finfo(np.float32).tiny))
     steps = np.linspace(0, 1, len(HEAT))
     heat = np.stack([np.interp(share, steps, channel) for channel in HEAT.T], axis=-1)
-    colour = np.stack([spread(channel, grid, cell) for channel in heat.T], axis=-1)
+    color = np.stack([spread(channel, grid, cell) for channel in heat.T], axis=-1)
     grey = base.mean(axis=2, keepdims=True) / 255
-    return (colour * (0.6 + 0.4 * grey)).round().astype(np.uint8)
+    return (color * (0.6 + 0.4 * grey)).round().astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 84, 36, 52, 66  # around the axes
 ROW = 20  # of the legend
 MARKER = 5  # radius
 INK, GREY, GRID, PAPER = (20, 20, 20), (110, 110, 110), (228, 228, 228), (255, 255, 255)
-COLOURS = (  # told apart with every kind of colour vision, after Okabe and Ito
+COLORS = (  # told apart with every kind of color vision, after Okabe and Ito
     (0, 114, 178),
     (213, 94, 0),
     (0, 158, 115),
@@ -24,7 +24,7 @@ COLOURS = (  # told apart with every kind of colour vision, after Okabe and Ito
     (230, 159, 0),
     (86, 180, 233),
 )
-CORNERS = (24, 4, 3)  # of a line's markers, once the colours begin again
+CORNERS = (24, 4, 3)  # of a line's markers, once the colors begin again
 FAR_APART = 8.0  # ratio of values that needs an axis in equal ratios
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -95,24 +95,24 @@ def plot(lines: list[Line], *, title: str, x_label: str, y_label: str) -> Image.
 
     taken, boxes, labels = [], [], {}
     for number, line in enumerate(lines):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         spots = [place(x_axis, y_axis, x, y) for x, y, _ in line.points]
-        draw.line([(x * SCALE, y * SCALE) for x, y in spots], colour, 2 * SCALE, joint="curve")
+        draw.line([(x * SCALE, y * SCALE) for x, y in spots], color, 2 * SCALE, joint="curve")
         for first, last in itertools.pairwise(spots):
             taken += between(first, last)
         boxes += [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in spots]
         for spot, (_, _, text) in zip(spots, line.points, strict=True):
-            shared = (spot, text) in labels  # by several lines, so it has none's colour
-            labels[spot, text] = INK if shared else colour
+            shared = (spot, text) in labels  # by several lines, so it has none's color
+            labels[spot, text] = INK if shared else color
     for number, line in enumerate(lines):
         for x, y, _ in line.points:
             draw_marker(draw, place(x_axis, y_axis, x, y), number)
-    for (spot, text), colour in labels.items():
+    for (spot, text), color in labels.items():
         box = free_box(spot, draw.textlength(text, font(12)) / SCALE, taken, boxes)
         boxes.append(box)
         middle = (box[0] + box[2]) / 2 * SCALE, (box[1] + box[3]) / 2 * SCALE
         rim = dict(stroke_width=2 * SCALE, stroke_fill=PAPER)
-        draw.text(middle, text, colour, font(12), anchor="mm", **rim)
+        draw.text(middle, text, color, font(12), anchor="mm", **rim)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -153,10 +153,10 @@ def draw_axes(image: Image.Image, x_axis: Axis, y_axis: Axis, x_label: str, y_la
 
 def draw_marker(draw: ImageDraw.ImageDraw, spot: tuple[float, float], number: int) -> None:
     """The filled marker of line `number`, in a thin white rim."""
-    corners = CORNERS[number // len(COLOURS) % len(CORNERS)]
+    corners = CORNERS[number // len(COLORS) % len(CORNERS)]
     x, y = spot[0] * SCALE, spot[1] * SCALE
-    for radius, colour in ((MARKER + 2, PAPER), (MARKER, COLOURS[number % len(COLOURS)])):
-        draw.regular_polygon((x, y, radius * SCALE), corners, fill=colour)
+    for radius, color in ((MARKER + 2, PAPER), (MARKER, COLORS[number % len(COLORS)])):
+        draw.regular_polygon((x, y, radius * SCALE), corners, fill=color)
 
 
 def free_box(

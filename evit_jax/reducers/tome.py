@@ -13,7 +13,7 @@ from evit_jax.tokens import Reducer, Signals, Tokens, follow
 
 @dataclasses.dataclass(frozen=True)
 class ToMe(Reducer):
-    """Bipartite soft matching: every other token may merge into its most similar neighbour.
+    """Bipartite soft matching: every other token may merge into its most similar neighbor.
 
     Tokens at even places may be merged into tokens at odd ones; similarity is the cosine of their
     keys, averaged over heads. The n - K most similar pairs merge into size-weighted means, several

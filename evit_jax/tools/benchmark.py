@@ -28,7 +28,7 @@ for or not, and a matrix product take turns on one device, every other round bac
   compile_seconds    tracing to executable, without any cache of programs on disk; what variants
                      share in memory is paid by the first, the dense one
 Figures are medians over rounds; NAME_range holds the lowest and the highest. Inference takes
-normalised images that are on the device, keeps the weights in the dtype of the computation (norms
+normalized images that are on the device, keeps the weights in the dtype of the computation (norms
 and heads still compute in float32) and returns logits. Training is the step of train.py: uint8
 images, label smoothing, AdamW, weights in float32.
 

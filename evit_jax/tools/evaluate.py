@@ -7,7 +7,7 @@ python -m evit_jax.tools.evaluate --model=deit_tiny_patch16_224 --weights=FILE -
 python -m evit_jax.tools.evaluate --workdir=runs/digits      what a training run left, dense and as
                                                              trained, on the run's own test images
 
-The standard protocol: shorter side to size / crop, centre crop, mean and std as the model's card
+The standard protocol: shorter side to size / crop, center crop, mean and std as the model's card
 says. FOLDER holds class folders, or val/ (or test/) with class folders, or a TFDS set prepared as
 ArrayRecord. Labels are the sorted folder names, or their places in --classes. With --workdir the
 flags override what the run was trained with: --data, --keep_rate, --reducer, --layers, ...

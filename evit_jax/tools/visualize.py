@@ -28,7 +28,7 @@ from PIL import Image
 
 from evit_jax import cli
 from evit_jax.data import read_classes
-from evit_jax.data.augment import centre_crop, decode
+from evit_jax.data.augment import center_crop, decode
 from evit_jax.errors import InputError
 from evit_jax.models import preprocessing
 from evit_jax.pictures import patches
@@ -113,7 +113,7 @@ def compile_look(model, card):
     first = next(block for block, keep in enumerate(model.keep) if keep is not None)
 
     def look(params, images):
-        images = card.normalise(images)
+        images = card.normalize(images)
         dense_logits, _ = dense.apply({"params": params}, images)
         logits, out = model.apply({"params": params}, images)
         return dict(
@@ -161,11 +161,11 @@ def draw_row(view: Image.Image, seen: dict, row: dict, model, blocks: list[int])
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """A PNG of 256 colours, half the size of one of all, that is never seen half written."""
+    """A PNG of 256 colors, half the size of one of all, that is never seen half written."""
     content = io.BytesIO()
-    colours = image.quantize(256, kmeans=1)
+    colors = image.quantize(256, kmeans=1)
     dither = Image.Dither.FLOYDSTEINBERG  # without it skies have bands
-    image.quantize(palette=colours, dither=dither).save(content, "PNG", optimize=True)
+    image.quantize(palette=colors, dither=dither).save(content, "PNG", optimize=True)
     write_whole(path, content.getvalue())
 
 
@@ -191,7 +191,7 @@ def visualize(options: argparse.Namespace) -> dict:
 
     card = preprocessing(spec.name)
     crop = dict(size=model.image_size, crop=card.crop, interpolation=card.interpolation)
-    pictures = [centre_crop(decode(view.picture, view.name), **crop) for view in views]
+    pictures = [center_crop(decode(view.picture, view.name), **crop) for view in views]
     look = compile_look(model, card)
     rows, images = [], []
     for number, (view, picture) in enumerate(zip(views, pictures, strict=True), start=1):

@@ -46,7 +46,7 @@ class Distillation:
     def loss(self, base: jax.Array, logits: jax.Array, targets: jax.Array) -> jax.Array:
         """The labels' loss (B,), the student's logits and `targets` (B, C) -> (B,)."""
         if self.hard:
-            learnt = cross_entropy(logits, targets)
+            learned = cross_entropy(logits, targets)
         else:
-            learnt = self.temperature**2 * divergence(logits / self.temperature, targets)
-        return (1 - self.alpha) * base + self.alpha * learnt
+            learned = self.temperature**2 * divergence(logits / self.temperature, targets)
+        return (1 - self.alpha) * base + self.alpha * learned

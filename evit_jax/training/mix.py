@@ -21,7 +21,7 @@ TRIES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """What is done to a training batch after normalisation; 0 switches a part off."""
+    """What is done to a training batch after normalization; 0 switches a part off."""
 
     erasing: float = 0.0  # probability that a box of an image becomes standard normal noise
     mixup: float = 0.0  # alpha of the weight's distribution Beta(alpha, alpha)
@@ -43,7 +43,7 @@ class Mix:
         devices or micro-batches gives the same images as the whole, as long as pairs stay together.
 
         Args:
-          images: (B, H, W, 3) float32, normalised.
+          images: (B, H, W, 3) float32, normalized.
           targets: pytree of (B, C) float32, mixed as the images are.
           key: the step's.
           index: (B,) int32, an image's number in the whole batch.
@@ -87,12 +87,12 @@ class Mix:
             share = jax.random.beta(key, self.mixup, self.mixup)
             return share, share
         beta_key, draw_key = jax.random.split(key)
-        choice, *centre = jax.random.uniform(draw_key, (3,))
+        choice, *center = jax.random.uniform(draw_key, (3,))
         cut = (choice < self.switch) | (self.mixup == 0)
         alpha = jnp.where(cut, self.cutmix, self.mixup)
         share = jax.random.beta(beta_key, alpha, alpha)
-        centre = (jnp.stack(centre) * jnp.array(size)).astype(jnp.int32)
-        outside = ~inside(box_of(share, centre, size), size)
+        center = (jnp.stack(center) * jnp.array(size)).astype(jnp.int32)
+        outside = ~inside(box_of(share, center, size), size)
         weights = jnp.where(cut, outside, share)
         return weights[None, :, :, None], jnp.where(cut, outside.mean(), share)
 
@@ -123,23 +123,23 @@ def erase(image: jax.Array, box: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.where(inside(box, image.shape[:2])[..., None], noise, image)
 
 
-def box_of(share: jax.Array, centre: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """The box of the image's shape, 1 - share of its area and this centre; its part in the image.
+def box_of(share: jax.Array, center: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The box of the image's shape, 1 - share of its area and this center; its part in the image.
 
     Args:
       share: ()
-      centre: (2,) int32, row and column.
+      center: (2,) int32, row and column.
     """
     size = jnp.array(size)
     sides = (size * jnp.sqrt(1 - share)).astype(jnp.int32)
-    corners = jnp.stack([centre - sides // 2, centre + (sides + 1) // 2])
+    corners = jnp.stack([center - sides // 2, center + (sides + 1) // 2])
     return jnp.clip(corners, 0, size[None]).reshape(4)
 
 
 def blend(batch: jax.Array, weights: jax.Array) -> jax.Array:
     """Mixes image 2j with 2j + 1 and the other way round, own values times `weights`.
 
-    timm pairs the first with the last and so on; neighbours are mostly on one device.
+    timm pairs the first with the last and so on; neighbors are mostly on one device.
     """
     partners = batch.reshape(-1, 2, *batch.shape[1:])[:, ::-1].reshape(batch.shape)
     return batch * weights + partners * (1 - weights)

@@ -83,8 +83,8 @@ def eval_params(state: State) -> dict:
 def prepare(
     batch: Batch, index: jax.Array, key: jax.Array, *, num_classes: int, recipe: Recipe
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Normalised, erased and mixed images, and what to learn of them, mixed the same way."""
-    images = recipe.preprocessing.normalise(batch["image"])
+    """Normalized, erased and mixed images, and what to learn of them, mixed the same way."""
+    images = recipe.preprocessing.normalize(batch["image"])
     targets = dict(label=losses.smooth_labels(batch["label"], num_classes, recipe.label_smoothing))
     if "teacher" in batch:
         targets["teacher"] = recipe.distillation.targets(batch["teacher"])
@@ -129,7 +129,7 @@ def gradients(
     if recipe.teacher is not None:
         seen = images
         if recipe.teacher_preprocessing:
-            seen = recipe.preprocessing.renormalise(images, recipe.teacher_preprocessing)
+            seen = recipe.preprocessing.renormalize(images, recipe.teacher_preprocessing)
         # Without weights of its own the teacher is the student's dense twin.
         logits, _ = recipe.teacher.apply({"params": frozen.get("teacher", params)}, seen)
         targets["teacher"] = recipe.distillation.targets(logits)
@@ -209,7 +209,7 @@ def train_step(
 
 
 def split(array: jax.Array, parts: int) -> jax.Array:
-    """(B, ...) -> (parts, B / parts, ...), taking neighbouring pairs in turn.
+    """(B, ...) -> (parts, B / parts, ...), taking neighboring pairs in turn.
 
     Pairs stay together because mixup takes them; and every part has images of every device.
     """
@@ -220,7 +220,7 @@ def split(array: jax.Array, parts: int) -> jax.Array:
 
 def eval_step(params: dict, batch: Batch, *, model, preprocessing, axis=None) -> dict:
     """Metric sums of a padded batch; `mask` (B,) is False for padding."""
-    images = preprocessing.normalise(batch["image"])
+    images = preprocessing.normalize(batch["image"])
     logits, _ = Chunked(model).apply({"params": params}, images)
     targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     loss = losses.cross_entropy(logits, targets)

@@ -35,7 +35,7 @@ def test_repeats_share_the_images_among_as_many_epochs(repeats, batch_size):
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 4])
-def test_neighbours_in_a_batch_are_never_repeats_of_one_image(repeats):
+def test_neighbors_in_a_batch_are_never_repeats_of_one_image(repeats):
     order = Order(1000, seed=0, batch_size=16, repeats=repeats)
     pairs = shown(order, 960).reshape(-1, 2)
     assert (pairs[:, 0] != pairs[:, 1]).all()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from evit_jax.data import open_source
-from evit_jax.data.augment import centre_crop, random_box, random_resized_crop
+from evit_jax.data.augment import center_crop, random_box, random_resized_crop
 from evit_jax.data.order import Order
 from evit_jax.data.pipeline import eval_batches, split_host_arrays, train_batches
 from evit_jax.data.randaugment import color_jitter, rand_augment
@@ -128,7 +128,7 @@ def test_images_are_cropped_then_flipped_then_augmented(augment):
         np.testing.assert_array_equal(batch["image"][place], image)
 
 
-def test_colours_are_jittered_only_where_randaugment_is_off():
+def test_colors_are_jittered_only_where_randaugment_is_off():
     both = take(1, batch_size=8, randaugment_magnitude=9, color_jitter=0.4)
     assert_same(both, take(1, batch_size=8, randaugment_magnitude=9))
 
@@ -248,18 +248,18 @@ def test_random_boxes_stay_inside_and_follow_scale_and_ratio():
     assert 0.45 < max(areas) < 0.51
 
 
-def test_an_impossible_aspect_falls_back_to_the_centre():
+def test_an_impossible_aspect_falls_back_to_the_center():
     box = random_box(1000, 10, np.random.default_rng(0), (0.9, 1.0), (3 / 4, 4 / 3))
     assert box == (493, 0, 506, 10)
 
 
 def crop(width, height, size, fraction):
-    """Which of the pixels, numbered by column, the centre crop shows."""
+    """Which of the pixels, numbered by column, the center crop shows."""
     image = Image.fromarray(np.tile(np.arange(width, dtype=np.uint8), (height, 1)))
-    return np.asarray(centre_crop(image, size=size, crop=fraction, interpolation="nearest"))
+    return np.asarray(center_crop(image, size=size, crop=fraction, interpolation="nearest"))
 
 
-def test_the_centre_crop_resizes_the_shorter_side_and_cuts_the_middle():
+def test_the_center_crop_resizes_the_shorter_side_and_cuts_the_middle():
     np.testing.assert_array_equal(crop(8, 4, (4, 4), 1.0)[0], [2, 3, 4, 5])
     np.testing.assert_array_equal(crop(8, 8, (4, 4), 0.5)[0], [2, 3, 4, 5])
     assert crop(5, 50, (4, 4), 0.875).shape == (4, 4)
@@ -280,7 +280,7 @@ def test_a_photo_is_resized_to_256_and_its_longer_side_rounded_down():
         def crop(self, box):
             seen["box"] = box
 
-    centre_crop(Spy(), size=(224, 224), crop=0.875, interpolation="bicubic")
+    center_crop(Spy(), size=(224, 224), crop=0.875, interpolation="bicubic")
     assert seen == dict(size=(341, 256), box=(58, 16, 282, 240))
 
 

@@ -12,9 +12,9 @@ from evit_jax.data.augment import decode
 from evit_jax.errors import InputError
 
 
-def jpeg(colour, size=(20, 16)):
+def jpeg(color, size=(20, 16)):
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "JPEG")
+    Image.new("RGB", size, color).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -121,7 +121,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
     np.testing.assert_array_equal(np.asarray(decode(file.getvalue(), "x")), 200)
 
 
-def test_grey_and_colour_arrays_are_decoded_alike():
+def test_grey_and_color_arrays_are_decoded_alike():
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     for array in (grey, grey[..., None], np.stack([grey] * 3, axis=-1)):
         np.testing.assert_array_equal(np.asarray(decode(array, "x"))[..., 1], grey)

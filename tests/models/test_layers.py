@@ -35,7 +35,7 @@ def test_dropout_drops_single_values_and_keeps_the_dtype():
     assert dropout(x, 0.0, keys_of(50)) is x
 
 
-def test_what_an_image_draws_does_not_depend_on_its_neighbours():
+def test_what_an_image_draws_does_not_depend_on_its_neighbors():
     x = jnp.ones((8, 10, 8))
     whole = dropout(x, 0.5, keys_of(8))
     halves = [dropout(x[:4], 0.5, keys_of(4, first)) for first in (0, 4)]

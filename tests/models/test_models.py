@@ -236,11 +236,11 @@ def test_named_models_carry_their_preprocessing():
     assert preprocessing("vit_small_patch16_224").mean == (0.5, 0.5, 0.5)
 
 
-def test_normalising_maps_the_mean_to_zero():
+def test_normalizing_maps_the_mean_to_zero():
     card = preprocessing("deit_small_patch16_224")
     images = jnp.asarray(np.round(np.array(card.mean) * 255), jnp.uint8)[None, None]
-    np.testing.assert_allclose(card.normalise(images), 0, atol=0.01)
-    white = card.normalise(jnp.full((1, 1, 3), 255, jnp.uint8))
+    np.testing.assert_allclose(card.normalize(images), 0, atol=0.01)
+    white = card.normalize(jnp.full((1, 1, 3), 255, jnp.uint8))
     np.testing.assert_allclose(white[0, 0], (1 - np.array(card.mean)) / card.std, rtol=1e-6)
 
 

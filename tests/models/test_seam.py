@@ -83,7 +83,7 @@ def test_a_reducers_loss_is_reported_trained_and_left_out_of_evaluation():
     )
     step = jax.jit(functools.partial(steps.train_step, models=(model,), recipe=recipe))
     after, figures = step(state, batch, {})
-    images = Preprocessing().normalise(jnp.asarray(batch["image"]))
+    images = Preprocessing().normalize(jnp.asarray(batch["image"]))
     rngs = dict(dropout=jax.random.key(0))  # it draws nothing
     logits, out = model.apply({"params": params}, images, train=True, rngs=rngs)
     plain = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()

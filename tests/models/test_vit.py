@@ -31,8 +31,8 @@ def test_the_logits_are_those_of_the_last_blocks_tokens(settings):
     last = out["blocks"][-1]
     assert last.shape[1] == model.tokens_per_block[-1]
     tokens = last[:, : model.prefix]
-    centred = tokens - tokens.mean(-1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    centerd = tokens - tokens.mean(-1, keepdims=True)
+    normed = centerd / np.sqrt((centerd**2).mean(-1, keepdims=True) + 1e-6)
     expected = normed * params["norm"]["scale"][None, None] + params["norm"]["bias"][None, None]
     np.testing.assert_allclose(out["features"], expected, atol=1e-5)
 

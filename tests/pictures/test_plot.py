@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from evit_jax.pictures.plot import COLOURS, GRID, SIZE, Line, axis_of, free_box, place, plot
+from evit_jax.pictures.plot import COLORS, GRID, SIZE, Line, axis_of, free_box, place, plot
 
 LABELS = dict(title="deit on a device", x_label="images per second", y_label="top-1 accuracy, %")
 
@@ -49,23 +49,23 @@ def test_points_and_lines_are_where_their_values_are():
 
     x_axis, y_axis = axis_of([140, 251, 195]), axis_of([81, 69, 76.7])
 
-    def colour_at(x, y):
+    def color_at(x, y):
         column, row = place(x_axis, y_axis, x, y)
         return pixels[round(row), round(column)]
 
     for x, y, _ in first[1:]:
-        np.testing.assert_allclose(colour_at(x, y), COLOURS[0], atol=12)
+        np.testing.assert_allclose(color_at(x, y), COLORS[0], atol=12)
     for x, y, _ in second:  # the later line is on top where both have a point
-        np.testing.assert_allclose(colour_at(x, y), COLOURS[1], atol=12)
-    np.testing.assert_allclose(colour_at(220.5, 74), COLOURS[0], atol=60)  # halfway between two
-    assert np.array_equal(colour_at(x_axis.ticks[0] + 5, y_axis.ticks[0] + 1), (255, 255, 255))
+        np.testing.assert_allclose(color_at(x, y), COLORS[1], atol=12)
+    np.testing.assert_allclose(color_at(220.5, 74), COLORS[0], atol=60)  # halfway between two
+    assert np.array_equal(color_at(x_axis.ticks[0] + 5, y_axis.ticks[0] + 1), (255, 255, 255))
     column, row = map(round, place(x_axis, y_axis, 170, y_axis.ticks[1]))
     assert pixels[row - 1 : row + 2, column].min() < (GRID[0] + 255) / 2  # a grid line
 
     legend = pixels[SIZE[1] :]
-    for colour in COLOURS[:2]:
-        assert (np.abs(legend - colour).max(axis=-1) < 12).sum() > 40  # its marker
-    assert (np.abs(legend - COLOURS[2]).max(axis=-1) < 12).sum() == 0
+    for color in COLORS[:2]:
+        assert (np.abs(legend - color).max(axis=-1) < 12).sum() > 40  # its marker
+    assert (np.abs(legend - COLORS[2]).max(axis=-1) < 12).sum() == 0
 
 
 def test_a_label_goes_where_nothing_is():

@@ -23,5 +23,5 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, count):
         for index in range(count):
-            colour = (0, 0, 200) if index % 2 else (200, 0, 0)
-            yield index, {"image": io.BytesIO(jpeg(colour)), "label": index % 2}
+            color = (0, 0, 200) if index % 2 else (200, 0, 0)
+            yield index, {"image": io.BytesIO(jpeg(color)), "label": index % 2}

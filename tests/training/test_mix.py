@@ -12,7 +12,7 @@ from evit_jax.training.losses import smooth_labels
 from evit_jax.training.mix import ASPECT, Mix, blend, box_of, erase, first_fitting, inside
 
 TIMM = np.load(pathlib.Path(__file__).parents[1] / "fixtures/augment/timm.npz")
-MIXING = ("mix_cut", "mix_lam", "mix_centre", "mix_box", "mix_share")
+MIXING = ("mix_cut", "mix_lam", "mix_center", "mix_box", "mix_share")
 SIZE = (32, 48)
 KEY = jax.random.key(5)
 EVERYTHING = jax.jit(Mix(erasing=0.5, mixup=0.8, cutmix=1.0))
@@ -58,14 +58,14 @@ def test_a_box_as_large_as_the_image_does_not_fit():
 
 @pytest.mark.parametrize("example", range(6))
 def test_mixing_equals_timm_for_its_draws(example):
-    cut, lam, centre, box, share, mixed, targets = (
+    cut, lam, center, box, share, mixed, targets = (
         TIMM[name][example] for name in (*MIXING, "mixed", "mixed_targets")
     )
     images = jnp.array(TIMM["batch"])
     weights = jnp.float32(share)
     if cut:
         size = images.shape[1:3]
-        np.testing.assert_array_equal(box_of(jnp.float32(lam), jnp.array(centre), size), box)
+        np.testing.assert_array_equal(box_of(jnp.float32(lam), jnp.array(center), size), box)
         weights = ~inside(box, size)[None, :, :, None]
         close(weights.mean(), share)
     close(blend(images, weights), mixed)
@@ -73,7 +73,7 @@ def test_mixing_equals_timm_for_its_draws(example):
     close(blend(smooth, jnp.float32(share)), targets)
 
 
-def test_partners_are_neighbours_both_ways():
+def test_partners_are_neighbors_both_ways():
     np.testing.assert_array_equal(blend(jnp.arange(6.0), 0.0), [1, 0, 3, 2, 5, 4])
 
 
@@ -142,8 +142,8 @@ def test_cutmix_keeps_more_than_it_draws_as_boxes_are_clipped():
     assert cut.all()
     rng = np.random.default_rng(0)
     sides = np.sqrt(1 - rng.random((20000, 1))) * SIZE // 1
-    centres = rng.integers(SIZE, size=(20000, 2))
-    ends = np.clip([centres - sides // 2, centres + (sides + 1) // 2], 0, SIZE)
+    centers = rng.integers(SIZE, size=(20000, 2))
+    ends = np.clip([centers - sides // 2, centers + (sides + 1) // 2], 0, SIZE)
     expected = 1 - (ends[1] - ends[0]).prod(axis=1) / (SIZE[0] * SIZE[1])
     for quantile in (0.1, 0.5, 0.9):
         assert abs(np.quantile(shares, quantile) - np.quantile(expected, quantile)) < 0.02

@@ -151,7 +151,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_one(parts):
     assert float(figures["grad_norm"]) == pytest.approx(float(once["grad_norm"]), rel=1e-6)
 
 
-def test_splitting_keeps_neighbours_together_and_loses_nothing():
+def test_splitting_keeps_neighbors_together_and_loses_nothing():
     parts = np.asarray(steps.split(jnp.arange(16), 4))
     assert parts.shape == (4, 4)
     assert sorted(parts.ravel()) == list(range(16))
@@ -163,7 +163,7 @@ def test_a_sandwich_averages_labels_loss_and_matches_the_largest_to_the_others()
     still = [m.clone(drop_path_rate=0.0) for m in (MODEL.clone(keep=()), MODEL)]
     batch, params = make_batch(), init(jax.random.key(0))["params"]
     _, figures = first_step(*still)
-    dense, small = (m.apply({"params": params}, CARD.normalise(batch["image"]))[0] for m in still)
+    dense, small = (m.apply({"params": params}, CARD.normalize(batch["image"]))[0] for m in still)
     targets = losses.smooth_labels(batch["label"], 3, 0.1)
     match = losses.divergence(small, jax.nn.softmax(dense))
     each = losses.cross_entropy(dense, targets) + losses.cross_entropy(small, targets) + match
@@ -182,7 +182,7 @@ def test_a_teacher_is_a_model_its_logits_or_the_dense_twin():
     soft = losses.Distillation(hard=False, alpha=0.7, temperature=2.0)
     named, _ = teacher_figures(distillation=soft, teacher=dense, frozen=dict(teacher=params))
     twin, _ = teacher_figures(distillation=soft, teacher=dense)
-    logits, _ = dense.apply({"params": params}, CARD.normalise(batch["image"]))
+    logits, _ = dense.apply({"params": params}, CARD.normalize(batch["image"]))
     stored, _ = first_step(
         MODEL.clone(drop_path_rate=0.0), batch=batch | dict(teacher=logits), distillation=soft
     )
@@ -205,7 +205,7 @@ def test_a_distilled_students_second_head_learns_the_teacher_alone():
     batch = make_batch() | dict(teacher=np.eye(3, dtype=np.float32)[np.zeros(BATCH, int)])
     hard = losses.Distillation(alpha=0.5)
     grads, figures = first_step(student, state=state, batch=batch, distillation=hard)
-    _, out = student.apply({"params": params}, CARD.normalise(batch["image"]))
+    _, out = student.apply({"params": params}, CARD.normalize(batch["image"]))
     base = losses.cross_entropy(out["logits_cls"], losses.smooth_labels(batch["label"], 3, 0.1))
     taught = losses.cross_entropy(out["logits_dist"], jax.nn.one_hot(np.zeros(BATCH, int), 3))
     assert float(figures["loss"]) == pytest.approx(float((base + taught).mean()) / 2, rel=1e-5)
@@ -216,8 +216,8 @@ def test_a_distilled_students_second_head_learns_the_teacher_alone():
 def test_a_teacher_of_other_preprocessing_sees_what_it_expects():
     there = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.2, 0.3))
     image = make_batch()["image"]
-    seen = CARD.renormalise(CARD.normalise(image), there)
-    np.testing.assert_allclose(seen, there.normalise(image), rtol=1e-5, atol=1e-5)
+    seen = CARD.renormalize(CARD.normalize(image), there)
+    np.testing.assert_allclose(seen, there.normalize(image), rtol=1e-5, atol=1e-5)
 
 
 def test_one_program_is_compiled_per_stage():

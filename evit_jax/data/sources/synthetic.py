@@ -9,7 +9,7 @@ SIZE = 64
 
 
 class Synthetic:
-    """Ten classes, each a grating of its own direction and colour, under noise."""
+    """Ten classes, each a grating of its own direction and color, under noise."""
 
     def __init__(self, split: str):
         self.length = {"train": 512, "test": 100}[split]
@@ -25,8 +25,8 @@ class Synthetic:
         angle, phase = np.pi * label / len(self.classes), rng.uniform(0, 2 * np.pi)
         y, x = np.mgrid[:SIZE, :SIZE] * (2 * np.pi / 16)
         wave = np.sin(x * np.cos(angle) + y * np.sin(angle) + phase)
-        colour = 60 * np.cos(angle + np.array([0, 2, 4]) * np.pi / 3)
-        image = 128 + wave[..., None] * colour + rng.normal(0, 20, (SIZE, SIZE, 3))
+        color = 60 * np.cos(angle + np.array([0, 2, 4]) * np.pi / 3)
+        image = 128 + wave[..., None] * color + rng.normal(0, 20, (SIZE, SIZE, 3))
         image = np.clip(image, 0, 255).astype(np.uint8)
         return {"image": image, "label": label, "name": f"synthetic image {index}"}
 

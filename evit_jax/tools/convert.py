@@ -15,6 +15,7 @@ import numpy as np
 
 from evit_jax import cli
 from evit_jax.errors import InputError
+from evit_jax.storage import as_path, explained
 from evit_jax.training.trained import load_run
 from evit_jax.weights.files import read_tensors, write_safetensors
 from evit_jax.weights.names import tensors_from_params, with_timm_names
@@ -22,12 +23,15 @@ from evit_jax.weights.names import tensors_from_params, with_timm_names
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("source", type=Path, help="weights, or the folder of a training run")
+    parser.add_argument("source", help="weights, or the folder of a training run")
     parser.add_argument("out", type=Path, help="the safetensors file to write")
     flags = parser.parse_args()
     if flags.out.suffix != ".safetensors":
         raise InputError(f"{flags.out} should end in .safetensors, the format that is written")
-    if flags.source.is_dir():
+    source = as_path(flags.source)
+    with explained(source):
+        is_run = source.is_dir()
+    if is_run:
         run = load_run(flags.source)
         tensors = tensors_from_params(run.params, run.model)
     else:

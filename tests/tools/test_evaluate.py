@@ -18,11 +18,13 @@ from evit_jax.data import open_source
 from evit_jax.data.augment import decode
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
-from evit_jax.tools import evaluate
+from evit_jax.storage import as_path
+from evit_jax.tools import convert, evaluate
 from evit_jax.training.checkpoint import Checkpoints
 from evit_jax.training.trained import load_run, spec_of_name, spec_of_run
 from evit_jax.weights.names import tensors_from_params
 from tests.data.test_sources import make_folder
+from tests.support.bucket import BUCKET, emulator
 from tests.support.trained_run import MODEL, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +239,21 @@ def test_convert_takes_the_newest_weights_of_a_training_run(tmp_path):
     final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     top1 = np.mean(np.argmax(logits, axis=1) == np.array(digits.labels))
     assert top1 == pytest.approx(final["test_top1"], abs=1e-6)
+
+
+def test_convert_takes_a_run_from_a_bucket(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out.safetensors"
+    with emulator() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        workdir = f"gs://{BUCKET}/runs/tools"
+        monkeypatch.setattr(sys, "argv", ["convert", workdir, str(out)])
+        params = make_run(as_path(workdir))
+        convert.main()
+        model = load_run(workdir).model
+    assert json.loads(capsys.readouterr().out)["tensors"] == len(load_file(out)) == 56
+    for name, array in tensors_from_params(params, model).items():
+        np.testing.assert_array_equal(load_file(out)[name], array)
 
 
 @pytest.mark.parametrize(

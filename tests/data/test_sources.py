@@ -163,7 +163,7 @@ def test_bad_class_lists_are_refused(content, text, tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A tiny TFDS set in ArrayRecord, written without TensorFlow."""
-    from tests import tiny_dataset
+    from tests.support import tiny_dataset
 
     data_dir = tmp_path_factory.mktemp("tfds")
     builder = tiny_dataset.Tiny(data_dir=data_dir, file_format="array_record")

@@ -51,6 +51,7 @@ def test_layers_and_multiples_are_passed_on(run):
     assert figures["tokens"] == list(model.tokens_per_block)
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_measured_here():
     code, figures, err = tool("plan", *TINY, "--latency_ms=1e5", "--batch_size=2")
     assert code == 0, err

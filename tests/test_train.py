@@ -71,7 +71,7 @@ def same_results(a, b):
     "name",
     [
         "digits",
-        "cifar10",
+        pytest.param("cifar10", marks=pytest.mark.slow),
         pytest.param("evit_deit_s", marks=pytest.mark.slow),
         pytest.param("evit_deit_finetune", marks=pytest.mark.slow),
     ],
@@ -140,6 +140,7 @@ def kill_when(condition, process):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_path):
     line = [DIGITS, f"--workdir={tmp_path}", *OFTEN]
     checkpoints = tmp_path / "checkpoints"
@@ -160,7 +161,6 @@ def test_a_run_killed_twice_ends_bit_identical_to_one_never_killed(whole, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.slow
 def test_a_run_asked_to_end_saves_exits_and_has_lost_nothing(whole, tmp_path):
     line = [DIGITS, f"--workdir={tmp_path}", *OFTEN]
     process = start(*line)

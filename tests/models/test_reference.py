@@ -65,19 +65,25 @@ CASES_OF = {name: [case for other, case in CASES if other == name] for name, _ i
 
 
 @cache
+def program(model):
+    """(params, images, labels) -> ((loss, (logits, out)), gradients), compiled once per model."""
+
+    def loss_of(params, images, labels):
+        logits, out = model.apply({"params": params}, images)
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
+        return jnp.mean(cross_entropy(logits, targets)), (logits, out)
+
+    return jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+
+
+@cache
 def computed(name, case, trip=False):
     """Everything the stages look at: expected arrays, ours, and gradients by timm name."""
     weights = exported(name) if trip else FOLDER / f"{name}.weights.safetensors"
     expected = load_file(FOLDER / f"{name}.{case}.safetensors")
     model, params = build(name, case, weights)
     images, labels = jnp.asarray(expected["image"]), jnp.asarray(expected["labels"])
-
-    def loss_of(params):
-        logits, out = model.apply({"params": params}, images)
-        targets = jax.nn.one_hot(labels, logits.shape[-1])
-        return jnp.mean(cross_entropy(logits, targets)), (logits, out)
-
-    (loss, (logits, out)), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    (loss, (logits, out)), grads = program(model)(params, images, labels)
     ours = dict(loss=loss, logits=logits, out=out, grads=grads)
     return model, params, expected, jax.tree.map(np.asarray, ours)
 
@@ -132,11 +138,10 @@ def test_the_gradient_of_resized_positions_agrees_in_the_stored_table(name, case
     stored = read_tensors(FOLDER / f"{name}.weights.safetensors")["pos_embed"]
     images, labels = jnp.asarray(expected["image"]), jnp.asarray(expected["labels"])
 
-    @jax.jit
     def loss_of(table):
         resized = resize_positions(params | {"pos_embed": table}, model)
         logits, _ = model.apply({"params": resized}, images)
         return jnp.mean(cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])))
 
-    grad, reference = jax.grad(loss_of)(jnp.asarray(stored)), expected["grad/pos_embed"]
+    grad, reference = jax.jit(jax.grad(loss_of))(jnp.asarray(stored)), expected["grad/pos_embed"]
     assert np.linalg.norm(grad - reference) <= 1e-5 * np.linalg.norm(reference)

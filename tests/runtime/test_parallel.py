@@ -71,7 +71,8 @@ def free_address():
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("mode", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_two_processes_of_two_devices_are_one_run(mode, alone, tmp_path):
     address = free_address()
     out = tmp_path / "out.npz"

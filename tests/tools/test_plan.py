@@ -82,6 +82,7 @@ def test_time_is_measured_with_the_weights_of_a_run(run, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_measured_here():
     code, figures, err = tool("plan", *TINY, "--latency_ms=1e5", "--batch_size=2")
     assert code == 0, err

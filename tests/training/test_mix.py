@@ -12,7 +12,7 @@ from evit_jax.training.losses import smooth_labels
 from evit_jax.training.mix import ASPECT, Mix, blend, box_of, erase, first_fitting, inside
 
 TIMM = np.load(pathlib.Path(__file__).parents[1] / "fixtures/augment/timm.npz")
-MIXING = ("mix_cut", "mix_lam", "mix_center", "mix_box", "mix_share")
+MIXING = ("mix_cut", "mix_lam", "mix_centre", "mix_box", "mix_share")
 SIZE = (32, 48)
 KEY = jax.random.key(5)
 EVERYTHING = jax.jit(Mix(erasing=0.5, mixup=0.8, cutmix=1.0))

@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     config.run = ConfigDict()  # may change when a run is resumed: only rounding depends on it
     config.run.parallel = "jit"  # or "pmap"
     config.run.shard_params = False  # jit: spread the state over the devices too, to save memory
-    config.run.accumulate = 0  # micro-batches of a step, to save memory; 0: what the device likes
+    config.run.accumulate = 0  # micro-batches of a step, to save memory; 0: chosen for the device
     config.run.test_batch_size = 256  # over all devices
     config.run.log_every = 50  # steps
     config.run.eval_every = 1.0  # epochs; 0: only at the end

@@ -63,7 +63,7 @@ def fit_latency(
       model: a model of this package; what it keeps so far does not matter.
       params: its parameters; their values do not matter.
       batch_size: images at a time.
-      milliseconds: the budget, for one batch whose result is waited for.
+      milliseconds: the budget, for one batch, its result awaited.
       layers: reducing blocks; default the reducer's own.
       multiple_of: rounds tokens up to a multiple, see `plan.round_up`.
       measure: how plans are timed; default `stopwatch` on the first device.
@@ -136,7 +136,7 @@ def stopwatch(
 ) -> Measure:
     """Times plans of a model on the first device, with the programs that the benchmark times.
 
-    Each plan is compiled once, when first asked for. A call is waited for before the next one.
+    Each plan is compiled once, when first asked for. Each call is awaited before the next one.
     Images are random, normalized and on the device.
 
     Args:

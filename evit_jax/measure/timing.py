@@ -70,7 +70,7 @@ def await_result(name: str, result: object) -> None:
     """Waits until all arrays of a result are there.
 
     Raises:
-      InputError: it is not made of JAX arrays alone, or they were given up to another program; the
+      InputError: it is not made of JAX arrays alone, or they were donated to another program; the
         clock could stop with the work unfinished.
     """
     leaves = jax.tree.leaves(result)
@@ -80,7 +80,7 @@ def await_result(name: str, result: object) -> None:
         raise InputError(f"{name} cannot be timed: it has to return JAX arrays, got {got}")
     if any(leaf.is_deleted() for leaf in leaves):
         raise InputError(
-            f"{name} cannot be timed: it returned arrays that were given up to another program; "
+            f"{name} cannot be timed: it returned arrays that were donated to another program; "
             "return some that stay"
         )
     jax.block_until_ready(leaves)

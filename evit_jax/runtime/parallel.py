@@ -92,7 +92,7 @@ class DataParallel:
         )
 
     def compile_train(self, step: Callable, state: dict, batch: dict, frozen: dict) -> Callable:
-        """Compiles (state, batch, frozen) -> (state, figures); the state passed in is given up.
+        """Compiles (state, batch, frozen) -> (state, figures); the state passed in is donated.
 
         Args:
           step: a function like `steps.train_step`.

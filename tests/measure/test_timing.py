@@ -56,13 +56,13 @@ def test_every_result_is_awaited_at_once_or_behind_the_last_call(queued, monkeyp
 
 
 def test_what_cannot_be_awaited_is_not_timed():
-    given_up = jnp.zeros(3)
-    given_up.delete()
+    donated = jnp.zeros(3)
+    donated.delete()
     for result, text in (
         (None, "dense cannot be timed: it has to return JAX arrays, got nothing"),
         ((jnp.zeros(3), np.zeros(3)), "got ndarray"),
         (lambda: None, "got function"),
-        (given_up, "given up to another program"),
+        (donated, "donated to another program"),
     ):
         with pytest.raises(InputError, match=text):
             take_turns(dict(dense=lambda result=result: result), rounds=1)

@@ -56,24 +56,24 @@ def test_the_docstring_says_how_to_run_it(name):
 def test_other_plans_take_the_place_of_the_keep_rate():
     config = load("digits", "keep_rate=None")
     rates = dict(config.model) | dict(keep_rates=(1, 0.7, 1, 1, 0.5, 1))
-    assert build_model(**rates).tokens_per_block == (65, 47, 47, 47, 25, 25)
+    assert build_model(**rates).tokens_per_block == (37, 28, 28, 28, 16, 16)
     tome = dict(config.model) | dict(reducer="tome:r=5")
-    assert build_model(**tome).tokens_per_block == (60, 55, 50, 45, 40, 35)
+    assert build_model(**tome).tokens_per_block == (32, 27, 22, 17, 12, 7)
 
 
 def test_a_budget_and_multiples_are_fields_that_training_follows(tmp_path):
-    budget = ["--config=configs/digits.py:debug,keep_rate=None", "--config.model.macs=2.4e6"]
+    budget = ["--config=configs/digits.py:debug,keep_rate=None", "--config.model.macs=1.5e6"]
     code, out, err = train(
         *budget, "--config.model.multiple_of=4", "--config.dry_run=True",
         "--config.keep_warmup.epochs=1", "--config.keep_warmup.rungs=2",
     )  # fmt: skip
     assert code == 0, err
     fields = dict(load("digits", "debug,keep_rate=None").model)
-    model = build_model(**fields | dict(macs=2.4e6, multiple_of=4))
+    model = build_model(**fields | dict(macs=1.5e6, multiple_of=4))
     stages = [line.split() for line in out.split("GMACs")[1].splitlines()[2:5]]
-    assert stages[0][1:4] == ["1", "65", "x4"]
+    assert stages[0][1:4] == ["1", "37", "x4"]
     assert stages[2][2:-1] == tables.runs(model.tokens_per_block).split()
-    found = model.rate_within(macs=2.4e6, layers=fields["layers"], multiple_of=4)
+    found = model.rate_within(macs=1.5e6, layers=fields["layers"], multiple_of=4)
     assert float(stages[2][1]) == pytest.approx(found, abs=5e-4)  # the rate that was found
     assert float(stages[2][-1]) == pytest.approx(macs(model) / 1e9, rel=1e-3)
     code, _, err = train(*budget, "--config.sandwich=(1.0,0.5)", f"--workdir={tmp_path}")

@@ -37,6 +37,7 @@ def emulator():
         yield dict(
             STORAGE_EMULATOR_HOST=address,
             TENSORSTORE_GCS_HTTP_URL=address,
+            CLOUD_STORAGE_EMULATOR_ENDPOINT=address,  # for ArrayRecord
             GOOGLE_AUTH_TOKEN_FOR_TESTING="token",
             GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",
             NO_GCE_CHECK="true",

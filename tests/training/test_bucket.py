@@ -2,6 +2,7 @@
 """A run whose files are in a bucket: killed, resumed, refused."""
 
 import json
+import pickle
 import signal
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from evit_jax import storage
+from evit_jax.data import open_source
 from evit_jax.errors import InputError
 from evit_jax.training.checkpoint import Checkpoints
 from tests.support.bucket import BUCKET, emulator
@@ -89,6 +91,24 @@ def test_what_was_written_stays_where_a_later_write_is_refused(bucket, monkeypat
     monkeypatch.undo()
     with emulator():
         pass  # nothing of it is left on disk
+
+
+def test_array_records_are_read_from_a_bucket(bucket, tmp_path):
+    from tests.support import tiny_dataset
+
+    tiny_dataset.Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    there = f"gs://{BUCKET}/sets"
+    for file in tmp_path.glob("tiny/*/*"):
+        storage.write_whole(f"{there}/{file.relative_to(tmp_path).as_posix()}", file.read_bytes())
+    for folder, split in ((f"{there}/tiny", "train"), (f"{there}/tiny/1.0.0", "test")):
+        source = open_source("tfds", split, folder)
+        local = open_source("tfds", split, str(tmp_path / "tiny"))
+        assert len(source) == len(local) == dict(train=6, test=4)[split]
+        for index in (3, 0, 3):
+            assert source[index] == local[index]
+        assert pickle.loads(pickle.dumps(source))[1] == local[1]  # as worker processes get it
+    with pytest.raises(InputError, match="no prepared TFDS set"):
+        open_source("tfds", "train", f"gs://{BUCKET}/none")
 
 
 def test_a_folder_is_uploaded_file_by_file(bucket, tmp_path):

@@ -2,7 +2,9 @@
 """A TensorFlow Datasets set prepared as ArrayRecord, read without TensorFlow.
 
 data.dir is the prepared set itself, such as ~/tensorflow_datasets/imagenet2012 or one of its
-version folders. Preparing is a step of its own, done once (some sets need the `tf` extra for it):
+version folders, on a disk or in a bucket (gs://, with the extra `gcs`), from which ArrayRecord's own
+client reads single examples. Preparing is a step of its own, done once (some sets need the `tf`
+extra for it):
 
     python -c "import tensorflow_datasets as tfds; tfds.builder('cifar10', \\
         file_format='array_record').download_and_prepare()"
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from evit_jax import storage
 from evit_jax.errors import InputError
 
 
@@ -36,9 +39,10 @@ class Tfds:
 
 def prepared_folder(folder: Path) -> Path:
     """The folder with dataset_info.json: this one, or the newest version folder in it."""
-    if (folder / "dataset_info.json").is_file():
+    if (folder / "dataset_info.json").exists():
         return folder
-    found = [path.parent for path in folder.glob("**/dataset_info.json")]
+    levels = ("*", "*/*", "*/*/*")  # NAME/CONFIG/VERSION; a bucket is not searched any deeper
+    found = [path.parent for at in levels for path in folder.glob(f"{at}/dataset_info.json")]
     if not found:
         raise InputError(
             f"{folder} holds no prepared TFDS set (no dataset_info.json in it); prepare one with "
@@ -53,7 +57,8 @@ def source(split: str, folder: str) -> Tfds:
             "the data set 'tfds' needs --config.data.dir=FOLDER of a prepared set, such as "
             "~/tensorflow_datasets/imagenet2012"
         )
-    builder = tfds.builder_from_directory(prepared_folder(Path(folder).expanduser()))
+    with storage.explained(folder):
+        builder = tfds.builder_from_directory(prepared_folder(storage.as_path(folder)))
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise InputError(f"{folder} is not image classification; it has {', '.join(features)}")

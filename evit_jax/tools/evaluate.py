@@ -98,8 +98,8 @@ def main() -> None:
     model = variants[0]
 
     source = open_data(flags, spec)
-    fewer = spec.config is not None and not flags.data  # which training takes as well
-    if len(source.classes) != model.num_classes and not fewer:
+    trained_on = {} if flags.data or spec.config is None else spec.config["data"]
+    if len(source.classes) != model.num_classes and not trained_on:  # training takes fewer as well
         raise InputError(
             f"the data has {len(source.classes)} classes and the model {model.num_classes}; "
             "--classes=FILE, a JSON list of all of the model's, says which folder is which"
@@ -129,15 +129,20 @@ def main() -> None:
         host=jax.process_index(),
         hosts=jax.process_count(),
         threads=flags.threads,
+        damaged=trained_on.get("damaged", "stop"),
     )
     total = -(-len(source) // batch_size)
+    damaged = []
     with tqdm(total=total, unit="batch", disable=None) as bar:
-        means = run_through(
-            batches,
-            {number: functools.partial(timed, number) for number in range(len(variants))},
-            devices,
-            see=lambda host: bar.update(),
-        )
+
+        def see(host: dict) -> None:
+            for number in host["index"][host["damaged"]].tolist():
+                damaged.append(number)
+                tqdm.write(f"skipped damaged image: {source[number]['name']}", file=sys.stderr)
+            bar.update()
+
+        timed_programs = {i: functools.partial(timed, i) for i in range(len(variants))}
+        means = run_through(batches, timed_programs, devices, see=see)
 
     layers = numbers(flags.layers or "", int) or None  # None: the reducer's, or the run's, own
     results = []
@@ -154,7 +159,7 @@ def main() -> None:
                 top1=scores["test_top1"],
                 top5=scores["test_top5"],
                 loss=scores["test_loss"],
-                images=len(source),
+                images=len(source) - len(damaged),
                 images_per_second=speed,
                 tokens=variant.tokens_per_block,
             )

@@ -62,15 +62,15 @@ def ours(folder: str, *, keep_rate: float, batch_size: int, training: bool):
     from evit_jax.measure import comparison
     from evit_jax.models import init_params
     from evit_jax.runtime.parallel import DataParallel
+    from evit_jax.training.trained import spec_of_name
 
     one = comparison.comparisons_of(
-        ["deit_small_patch16_224"],
+        [spec_of_name("deit_small_patch16_224")],
         dtypes=[np.dtype("float32")],
         modes=["training" if training else "inference"],
         batch_sizes=(batch_size,),
         reducers=["evit"],
         keep_rates=(keep_rate,),
-        image_size=(),
     )[0]
     variant = one.variants[-1]
     one = dataclasses.replace(one, variants=[variant])

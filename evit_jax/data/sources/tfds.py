@@ -2,9 +2,9 @@
 """A TensorFlow Datasets set prepared as ArrayRecord, read without TensorFlow.
 
 data.dir is the prepared set itself, such as ~/tensorflow_datasets/imagenet2012 or one of its
-version folders, on a disk or in a bucket (gs://, with the extra `gcs`), from which ArrayRecord's own
-client reads single examples. Preparing is a step of its own, done once (some sets need the `tf`
-extra for it):
+version folders, on a disk or in a bucket (gs://, with the extra `gcs`), from which ArrayRecord's
+own client reads single examples. Preparing is a step of its own, done once (some sets need the
+`tf` extra for it):
 
     python -c "import tensorflow_datasets as tfds; tfds.builder('cifar10', \\
         file_format='array_record').download_and_prepare()"

@@ -14,6 +14,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from configs import common
 from evit_jax import cli
 from evit_jax.errors import InputError
 from evit_jax.measure.timing import take_turns
@@ -125,7 +126,8 @@ def main() -> None:
         raise InputError("--workdir=DIR is missing: where checkpoints, metrics and events go")
     workdir = as_path(WORKDIR.value)
     profile = Profile(PROFILE.value, workdir)
-    open_workdir(workdir, json.loads(config.to_json()), write=first_process)
+    fields, defaults = (json.loads(c.to_json()) for c in (config, common.get_config()))
+    open_workdir(workdir, fields, defaults=defaults, write=first_process)
     startup.mark("model and data")
     from evit_jax.training.checkpoint import Checkpoints  # Orbax takes long to import
 

@@ -78,13 +78,14 @@ def open_teacher(
                 f"got {logits.shape}"
             )
         return Teacher(distillation, logits=logits)
+    card = preprocessing(teacher)  # refuses an unknown name before anything else
+    if not weights:
+        raise InputError(f"the teacher {teacher} needs weights: --config.distill.weights=FILE")
     named = build_model(
         teacher,
         image_size=model.image_size,
         num_classes=model.num_classes,
         dtype=model.dtype,
     )
-    if not weights:
-        raise InputError(f"the teacher {teacher} needs weights: --config.distill.weights=FILE")
     params = jax.device_get(load_params(weights, named, key=jax.random.key(0)))
-    return Teacher(distillation, named, preprocessing(teacher), {"teacher": params})
+    return Teacher(distillation, named, card, {"teacher": params})

@@ -18,10 +18,17 @@ from evit_jax.storage import explained, write_whole
 FREE = ("run.", "data.dir", "data.cache", "model.remat", "dry_run")
 
 
-def open_workdir(workdir: Path, config: dict, *, write: bool = True) -> None:
+def open_workdir(
+    workdir: Path, config: dict, *, defaults: dict | None = None, write: bool = True
+) -> None:
     """Makes `workdir` the folder of the run with this recipe, or checks that it is.
 
     Of several processes one does the writing; all of them check.
+
+    Args:
+      config: the recipe, as nested dicts.
+      defaults: a field that an older version did not know had this value then, so that at its
+        default a new field is not another recipe.
 
     Raises:
       InputError: it belongs to a run with another recipe; the text shows the difference.
@@ -46,6 +53,8 @@ def open_workdir(workdir: Path, config: dict, *, write: bool = True) -> None:
                 f"{path} is damaged; use another workdir, or remove that file"
             ) from None
         here = flatten(json.loads(json.dumps(config)))
+        before = flatten(json.loads(json.dumps(defaults or {})))
+        there = {key: value for key, value in before.items() if key in here} | there
         differences = [
             f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
             for key in sorted(there | here)

@@ -61,6 +61,16 @@ def test_a_workdir_belongs_to_one_recipe(tmp_path):
         open_workdir(tmp_path, other)
 
 
+def test_a_new_field_at_its_default_is_the_same_recipe(tmp_path):
+    open_workdir(tmp_path, CONFIG)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    defaults = CONFIG | dict(novel=dict(rate=0.0, sizes=(1, 2)), unread=1)
+    open_workdir(tmp_path, CONFIG | dict(novel=dict(rate=0.0, sizes=(1, 2))), defaults=defaults)
+    changed = dict(novel=dict(rate=0.5, sizes=(1, 2)))
+    with pytest.raises(InputError, match=r"novel.rate is 0.0 there and 0.5 here; use"):
+        open_workdir(tmp_path, CONFIG | changed, defaults=defaults)
+
+
 def test_a_recipe_may_change_until_something_is_saved(tmp_path):
     open_workdir(tmp_path, CONFIG)
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)

@@ -116,7 +116,7 @@ def test_a_log_line_is_the_mean_since_the_last_one_at_the_rate_of_its_step(tmp_p
         window = [one["train_loss"] for one in single[3 * i : 3 * i + 3]]
         assert line["train_loss"] == pytest.approx(np.mean(window), rel=1e-5)
     schedule = optim.learning_rate(
-        lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=4, total_steps=9
+        lr=2e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=4, total_steps=9
     )
     expected = [float(schedule(step)) for step in range(9)]
     assert [line["lr"] for line in single] == pytest.approx(expected, rel=1e-5)

@@ -101,6 +101,8 @@ class Signals:
     first block has none, and asking for it is an error.
 
     q, k, v      (B, H, N, C) compute dtype, as attention used them; q is scaled by C^-0.5.
+    row          (B, H, N) float32, the logits of the first token's query, up to a number that all
+                 keys share; where attention leaves it out, `class_rows` takes it from q and k.
     before       (B, N, D) the tokens that entered the attention branch (before its norm).
     after        (B, N, D) the tokens after its residual connection.
     weight       (B, N) `Tokens.weight` as attention used it, or None.
@@ -116,6 +118,7 @@ class Signals:
     q: jax.Array | None = None
     k: jax.Array | None = None
     v: jax.Array | None = None
+    row: jax.Array | None = None
     before: jax.Array | None = None
     after: jax.Array | None = None
     weight: jax.Array | None = None
@@ -147,8 +150,9 @@ class Signals:
             )
         # One row as its own small softmax, so that attention itself is free to be a fused kernel,
         # which keeps no map.
-        row = jnp.einsum("bhc,bhkc->bhk", self.q[:, :, 0], self.k, preferred_element_type=F32)
-        weight = self.weight
+        row, weight = self.row, self.weight
+        if row is None:
+            row = jnp.einsum("bhc,bhkc->bhk", self.q[:, :, 0], self.k, preferred_element_type=F32)
         if weight is not None:
             weight = weight.at[:, 0].set(jnp.where(weight[:, 0] <= 1, 1.0, weight[:, 0]))[:, None]
         unscaled, total = softmax_weights(row, weight)

@@ -5,38 +5,65 @@ Letters: B images, N tokens, Q queries, H heads, C width of one head, D width. S
 float32.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from evit_jax.models.layers import weight_init
+from evit_jax.runtime.forms import EXACT, Form, by_chip
 from evit_jax.tokens import softmax_weights
 
+TO_F32 = dict(preferred_element_type=jnp.float32)
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """softmax(q k^T) v with weighted keys, in float32.
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, form: Form = EXACT) -> jax.Array:
+    """softmax(q k^T) v in the form of a chip.
+
+    Args:
+      q: (B, H, Q, C), scaled.
+      k, v: (B, H, N, C).
+
+    Returns:
+      (B, H, Q, C) float32.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    padding = -keys % form.tile
+    if padding:
+        q, k, v = (
+            jnp.pad(part, ((0, 0), (0, 0), (0, -part.shape[2] % form.tile), (0, 0)))
+            for part in (q, k, v)
+        )
+    logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **TO_F32)
+    if padding:
+        logits = jnp.where(jnp.arange(keys + padding)[None, None, None] < keys, logits, -jnp.inf)
+    unscaled, total = softmax_weights(logits, None)
+    if form.normalize_map:
+        return product(unscaled / total, v)[:, :, :queries]
+    # Dividing after the product with v touches Q x C values instead of Q x N.
+    return product(unscaled, v)[:, :, :queries] / total[:, :, :queries]
+
+
+def product(scores: jax.Array, v: jax.Array) -> jax.Array:
+    """(B, H, Q, N) float32 with values (B, H, N, C) -> (B, H, Q, C) float32."""
+    return jnp.einsum("bhqk,bhkc->bhqc", scores.astype(v.dtype), v, **TO_F32)
+
+
+def attend_weighted(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same with weighted keys.
 
     A key's weight multiplies its exp(logit). A token counts itself with at least 1 (DynamicViT's
     G_ii = 1), so that no row is ever empty: where its weight is smaller, its own term is added,
     which costs a row of numbers and not a second map.
 
     Args:
-      q: (B, H, Q, C), scaled; the first Q tokens ask.
-      k, v: (B, H, N, C).
-      weight: (B, N) float32 >= 0, or None for the plain softmax.
-
-    Returns:
-      (B, H, Q, C) float32.
+      q, k, v: as for `attend`; the first Q tokens ask.
+      weight: (B, N) float32 >= 0.
     """
-    f32 = dict(preferred_element_type=jnp.float32)
-    logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **f32)
-    if weight is None:
-        unscaled, total = softmax_weights(logits, None)
-        # Dividing after the product with v touches Q x C values instead of Q x N.
-        return jnp.einsum("bhqk,bhkc->bhqc", unscaled.astype(v.dtype), v, **f32) / total
-
+    logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **TO_F32)
     queries = q.shape[2]
-    own = jnp.einsum("bhqc,bhqc->bhq", q, k[:, :, :queries], **f32)[..., None]
+    own = jnp.einsum("bhqc,bhqc->bhq", q, k[:, :, :queries], **TO_F32)[..., None]
     lacking = 1.0 - weight[:, None, :queries, None]  # of a token's own weight
     visible = jnp.where(weight[:, None, None] > 0, logits, -jnp.inf)
     top = jnp.max(visible, axis=-1, keepdims=True)
@@ -47,8 +74,118 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array | None) -
     own = jnp.exp(jnp.where(lacking >= 0, own - top, 0.0))
     rest = jnp.where(lacking >= 0, lacking, 0.0) * own  # cancels the mask's gradient at 1
     total = jnp.sum(unscaled, axis=-1, keepdims=True) + rest
-    y = jnp.einsum("bhqk,bhkc->bhqc", unscaled.astype(v.dtype), v, **f32)
-    return (y + rest * v[:, :, :queries]) / total
+    return (product(unscaled, v) + rest * v[:, :, :queries]) / total
+
+
+def one_product(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, first: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q (B, H, Q, C), scaled, k and v (B, H, N, C), sliced from a single product.
+
+    Args:
+      x: (B, N, D).
+      kernel, bias: (D, 3, H, C) and (3, H, C).
+      first: Q, the tokens that ask; None: all.
+    """
+    width, _, heads, head_width = kernel.shape
+    qkv = x @ kernel.reshape(width, -1) + bias.reshape(1, 1, -1)
+    qkv = qkv.reshape(*x.shape[:2], 3, heads, head_width)
+    # Scale q before the transpose; XLA fuses it into the copy.
+    q = (qkv[:, :first, 0] * head_width**-0.5).transpose(0, 2, 1, 3)
+    k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in (1, 2))
+    return q, k, v
+
+
+def three_products(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, first: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, of three products that each keep the heads apart from the start."""
+    asking = (x[:, :first], x, x)
+    q, k, v = (
+        jnp.einsum("bnd,dhc->bnhc", part, kernel[:, i]) + bias[None, None, i]
+        for i, part in enumerate(asking)
+    )
+    q = q * kernel.shape[-1] ** -0.5
+    return q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def class_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Logits of the first token's query, up to a number that all keys share, from the tokens.
+
+    q (x W_k)^T is (q W_k^T) x^T: on a TPU another reader of q and k makes the compiler choose other
+    layouts for them, and not only in this block; of x it may read as it likes.
+
+    Args:
+      x: (B, N, D).
+      kernel, bias: (D, 3, H, C) and (3, H, C).
+
+    Returns:
+      (B, H, N) float32.
+    """
+    q = jnp.einsum("bd,dhc->bhc", x[:, 0], kernel[:, 0]) + bias[None, 0]
+    q = q * kernel.shape[-1] ** -0.5
+    asked = jnp.einsum("bhc,dhc->bhd", q, kernel[:, 1])
+    return jnp.einsum("bhd,bnd->bhn", asked, x, **TO_F32)
+
+
+def attention_branch(
+    x: jax.Array,
+    kernels: tuple[jax.Array, jax.Array],
+    biases: tuple[jax.Array, jax.Array],
+    weight: jax.Array | None,
+    *,
+    num_heads: int,
+    first: int | None,
+    form: Form = EXACT,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Multi-head self-attention from its parameters, in the form of a chip.
+
+    Args:
+      x: (B, N, D).
+      kernels, biases: of qkv, (D, 3 D) and (3 D,), and of the projection, (D, D) and (D,); in the
+        dtype of x.
+      weight: (B, N) float32 >= 0, or None for the plain softmax.
+      first: Q, the tokens that ask; None: all.
+
+    Returns:
+      (B, Q, D) and, by name, q (B, H, Q, C) scaled, k and v (B, H, N, C), all in the dtype of x,
+      and `row` (B, H, N) float32, the logits of the first token's query.
+    """
+    batch, length, width = x.shape
+    sides = 3, num_heads, width // num_heads
+    qkv, bias = kernels[0].reshape(width, *sides), biases[0].reshape(sides)
+    split = one_product if form.fused_qkv else three_products
+    least, most = form.halved
+    halves = 2 if weight is None and least < length <= most else 1
+    size = -(-num_heads // halves)
+
+    y, parts = 0, []
+    for start in range(0, num_heads, size):
+        heads = slice(start, start + size)
+        q, k, v = split(x, qkv[:, :, heads], bias[:, heads], first)
+        seen = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
+        seen = seen.astype(x.dtype).transpose(0, 2, 1, 3)  # (B, Q, heads, C)
+        rows = kernels[1].reshape(num_heads, -1, width)[heads].reshape(-1, width)
+        y = y + seen.reshape(batch, seen.shape[1], -1) @ rows
+        parts.append((q, k, v))
+    q, k, v = (jnp.concatenate(some, axis=1) for some in zip(*parts, strict=True))
+    if form.fused_qkv:
+        row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
+    else:
+        row = class_logits(x, qkv, bias)
+    return y + biases[1][None, None], dict(q=q, k=k, v=v, row=row)
+
+
+class Affine(nn.Module):
+    """The parameters of a dense layer, for products that are not x @ kernel + bias."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel (width, features) and bias (features,), float32."""
+        kernel = self.param("kernel", weight_init, (width, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros_init(), (self.features,))
 
 
 class Attention(nn.Module):
@@ -61,20 +198,13 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, weight: jax.Array | None, first: int | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x (B, N, D), weight (B, N) or None -> (B, N, D), and q, k, v by name (B, H, N, C).
+        """x (B, N, D), weight (B, N) or None -> (B, N, D), and what `attention_branch` names.
 
         With `first` only the first `first` tokens are queries, and the result is (B, first, D).
         """
-        batch, length, width = x.shape
-        head_width = width // self.num_heads
-        dense = dict(kernel_init=weight_init, dtype=self.dtype)
-
-        qkv = nn.Dense(3 * width, name="qkv", **dense)(x)
-        qkv = qkv.reshape(batch, length, 3, self.num_heads, head_width)
-        # Scale q before the transpose; XLA fuses it into the copy.
-        q = (qkv[:, :first, 0] * head_width**-0.5).transpose(0, 2, 1, 3)  # (B, H, Q, C)
-        k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in (1, 2))  # (B, H, N, C)
-
-        y = attend(q, k, v, weight).astype(self.dtype)
-        y = y.transpose(0, 2, 1, 3).reshape(batch, -1, width)
-        return nn.Dense(width, name="proj", **dense)(y), dict(q=q, k=k, v=v)
+        width = x.shape[-1]
+        layers = Affine(3 * width, name="qkv")(width), Affine(width, name="proj")(width)
+        kernels, biases = zip(*jax.tree.map(lambda a: a.astype(self.dtype), layers), strict=True)
+        branch = functools.partial(attention_branch, num_heads=self.num_heads, first=first)
+        inputs = x.astype(self.dtype), kernels, biases, weight
+        return by_chip(branch, *inputs, dtype=self.dtype)

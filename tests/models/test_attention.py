@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.models.attention import Attention, attend
+from evit_jax.models.attention import Attention, attend_weighted
 from evit_jax.tokens import Signals, softmax_weights
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 7, 2, 8
@@ -114,7 +114,7 @@ def test_a_tokens_own_weight_is_at_least_one(first):
     weight = np.random.default_rng(1).choice([0, 0.3, 1, 4], (BATCH, LENGTH))
     (q, k, v), maps = full_map(weight)
     q, k, v, weight = (jnp.asarray(a, jnp.float32) for a in (q, k, v, weight))
-    got = attend(q[:, :, :first], k, v, weight)
+    got = attend_weighted(q[:, :, :first], k, v, weight)
     np.testing.assert_allclose(got, (maps @ np.asarray(v))[:, :, :first], rtol=2e-5, atol=2e-6)
     signals = Signals(q=q, k=k, v=v, weight=weight)
     np.testing.assert_allclose(signals.attention(), maps, rtol=1e-5, atol=1e-6)
@@ -129,7 +129,7 @@ def test_a_tokens_own_weight_is_at_least_one(first):
 def test_weights_of_keys_make_no_second_map():
     q = jax.ShapeDtypeStruct((2, 3, 50, 4), jnp.float32)
     weight = jax.ShapeDtypeStruct((2, 50), jnp.float32)
-    jaxpr = jax.make_jaxpr(attend)(q, q, q, weight)
+    jaxpr = jax.make_jaxpr(attend_weighted)(q, q, q, weight)
     maps = [
         v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars if v.aval.shape[-2:] == (50, 50)
     ]
@@ -141,10 +141,14 @@ def test_a_mask_gets_no_gradient_for_what_a_token_thinks_of_itself():
     q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
     for mask in (0.0, 0.5, 1.0):
         weight = jnp.full((BATCH, LENGTH), mask)
-        moved = jax.jacobian(lambda w: attend(q, k, v, w).sum((1, 3)))(weight)  # (B, Q, B, N)
+        moved = jax.jacobian(lambda w: attend_weighted(q, k, v, w).sum((1, 3)))(
+            weight
+        )  # (B, Q, B, N)
         for image in range(BATCH):
             np.testing.assert_allclose(jnp.diagonal(moved[image, :, image]), 0, atol=1e-5)
-    grad = jax.grad(lambda w: jnp.sum(jnp.sin(attend(q, k, v, w))))(jnp.zeros((BATCH, LENGTH)))
+    grad = jax.grad(lambda w: jnp.sum(jnp.sin(attend_weighted(q, k, v, w))))(
+        jnp.zeros((BATCH, LENGTH))
+    )
     assert (jnp.abs(grad) > 0).all()  # of a hidden token: what it would do to the others
 
 

@@ -33,6 +33,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ from tests.accelerator_worker import Failed, Worker, brief
 
 OURS = ("dense", "evit 0.7", "evit 0.5", "tome")
 THEIRS = ("timm", "EViT 1", "EViT 0.7", "EViT 0.5")
+TURNS = 15  # seconds that those of a case may take
 # The tests that compare the forms of every chip; float32 products must not round to TF32.
 FORM_TESTS = ("tests/models/test_forms.py", "tests/models/test_attention.py")
 WHOLE = dict(JAX_DEFAULT_MATMUL_PRECISION="highest")
@@ -89,8 +91,11 @@ class Session:
         self.out.mkdir(parents=True, exist_ok=True)
         self.start = time.monotonic()
         self.rehearse = flags.rehearse
+        # Parts share programs, and may follow a process that was ended.
+        self.programs = tempfile.TemporaryDirectory()
         memory = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", XLA_PYTHON_CLIENT_MEM_FRACTION="0.93")
-        self.jax = Worker("tests.accelerator_jax", self.out / "jax.log", memory)
+        cache = dict(JAX_COMPILATION_CACHE_DIR=self.programs.name)
+        self.jax = Worker("tests.accelerator_jax", self.out / "jax.log", cache | memory)
         memory = dict(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
         self.torch = Worker("tests.accelerator_torch", self.out / "torch.log", memory)
         self.theirs = THEIRS if flags.reference else THEIRS[:1]
@@ -108,14 +113,17 @@ class Session:
     def open(self) -> None:
         """Starts both processes and notes what they run on."""
         limit = time.monotonic() + 90
-        self.results["machine"] = self.jax.ask("describe", limit)
+        machine = self.jax.ask("describe", limit)
+        if machine["platform"] == "cpu" and not self.rehearse:
+            raise SystemExit("JAX sees no accelerator here; --rehearse runs on a CPU")
+        if machine["device"] != self.results["machine"].get("device", machine["device"]):
+            raise SystemExit("--resume: those figures are of another device")
+        self.results["machine"] = machine
         try:
             found = self.torch.ask("describe", limit)
-            if self.results["machine"]["platform"] == "gpu" and found["platform"] != "cuda":
-                raise Failed("torch sees no GPU")
-            if self.results["machine"]["platform"] == "tpu":
-                raise Failed("torch does not run on a TPU")
-            self.results["machine"]["torch"] = found
+            if machine["platform"] != "cpu" and found["platform"] != "cuda":
+                raise Failed("torch has no accelerator here")
+            machine["torch"] = found
             if not self.flags.reference:
                 self.note("the official EViT was left out: no REFERENCE was given")
         except Failed as error:
@@ -210,16 +218,18 @@ class Session:
     def close(self) -> None:
         self.jax.stop()
         self.torch.stop()
+        self.programs.cleanup()
 
     def peak(self, deadline: float) -> None:
-        sizes = dict(sides=[4096, 8192, 16384], copied=2**32)
+        sizes = dict(sides=[4096, 8192, 16384], copied=2**30)
         if self.rehearse:
             sizes = dict(sides=[128, 256], copied=2**20)
         self.results["peak"] = self.jax.ask("peak", deadline, **sizes, **self.timing)
 
     def correctness(self, model: Model, deadline: float) -> None:
         asked = dict(model=model.spec, names=OURS, batch_size=16)
-        self.results["correctness"] = self.jax.ask("correctness", deadline, **asked)
+        rows = self.jax.ask("correctness", deadline, **asked)
+        self.results["correctness"] = [row | dict(model=model.label) for row in rows]
 
     def attention(self, model: Model, batch_size: int, deadline: float) -> None:
         heads = model.sizes["num_heads"]
@@ -230,7 +240,9 @@ class Session:
     def profile(self, model: Model, mode: str, batch_size: int, deadline: float) -> None:
         asked = dict(model=model.spec, mode=mode, batch_size=batch_size, names=OURS[1:2], top=20)
         asked["keep"] = str(self.out / f"{mode}.trace.json.gz")
-        self.results["profile"].append(self.jax.ask("profile", deadline, **asked))
+        asked["limit"] = deadline - time.monotonic() - TURNS
+        found = self.jax.ask("profile", deadline, **asked)
+        self.results["profile"].append(found | dict(model=model.label))
 
     def form_tests(self, deadline: float) -> None:
         """Runs the project's own tests of the forms on the device."""
@@ -248,6 +260,8 @@ class Session:
         )
         lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
         self.results["form_tests"] = dict(exit_code=done.returncode, lines=lines[-20:])
+        if done.returncode:
+            raise Failed(lines[-1] if lines else "pytest did not run")
 
     def speed(
         self, model: Model, mode: str, batch_size: int, compiled: bool, deadline: float
@@ -270,12 +284,13 @@ class Session:
             ),
         }
         sides = [side for side in names if names[side]]
+        limit = deadline - time.monotonic() - TURNS  # what is left then is for the turns
         for side in sides:
-            side.send("prepare", names=names[side], **more[side], **case)
+            side.send("prepare", names=names[side], limit=limit * 0.8, **more[side], **case)
         figures, errors = {}, []
         for side in sides:
             try:
-                for name, found in side.receive(deadline - 15).items():
+                for name, found in side.receive(deadline - TURNS).items():
                     figures[side, name] = found
             except Failed as error:
                 errors.append(f"{side.module}: {error}")

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evit_jax.measure import programs
-from evit_jax.measure.timing import take_turns, time_calls
+from evit_jax.measure.timing import await_result
 from evit_jax.measure.training_steps import Training, synthetic_batch
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.models.attention import attention_branch
@@ -32,6 +33,36 @@ COMPILERS = 4  # programs that are compiled at once
 MEMORY_SHARE = 0.95  # of the device's, which a program may ask for
 DEVICES = DataParallel(jax.devices()[:1])
 prepared: dict[str, programs.Program] = {}
+
+
+def time_calls(name: str, function: Callable, calls: int = 1, *, queued: bool = True) -> float:
+    """Seconds a call.
+
+    One device does what it is handed in order, so of queued calls the last is awaited. The results
+    of the others are not kept: those of a turn might not fit into its memory.
+    """
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = function()
+        if not queued:
+            await_result(name, result)
+    await_result(name, result)
+    return (time.perf_counter() - start) / calls
+
+
+def take_turns(
+    variants: dict[str, Callable], *, rounds: int, seconds: float
+) -> dict[str, np.ndarray]:
+    """Name -> (rounds,) seconds a call; every other round goes through them backwards."""
+    calls = {}
+    for name, function in variants.items():
+        time_calls(name, function)
+        calls[name] = max(1, round(seconds / time_calls(name, function)))
+    figures = {name: [] for name in variants}
+    for number in range(rounds):
+        for name in reversed(variants) if number % 2 else variants:
+            figures[name].append(time_calls(name, variants[name], calls[name]))
+    return {name: np.asarray(values) for name, values in figures.items()}
 
 
 def describe() -> dict:
@@ -92,49 +123,58 @@ def peak(sides: list[int], copied: int, rounds: int, seconds: float) -> dict:
         work[str(side)] = 2 * side**3
     calls["copy"] = functools.partial(add, normal((copied // 2,)), jnp.bfloat16(1))
     work["copy"] = 2 * copied
-    times = take_turns(calls, rounds=rounds, seconds=seconds, queued=True)
+    times = take_turns(calls, rounds=rounds, seconds=seconds)
     rates = {name: work[name] / float(np.median(spent)) for name, spent in times.items()}
     bandwidth = rates.pop("copy")
     return dict(flops_per_second=max(rates.values()), bytes_per_second=bandwidth, by_side=rates)
 
 
-def prepare(model: str, mode: str, batch_size: int, names: list[str]) -> dict:
-    """Compiles variants for `turn`; name -> its figures, or dict(error=TEXT)."""
+def prepare(model: str, mode: str, batch_size: int, names: list[str], limit: float) -> dict:
+    """Compiles variants for `turn`; name -> its figures, or dict(error=TEXT).
+
+    Args:
+      limit: seconds; what is not compiled by then is left out.
+    """
+    end = time.monotonic() + limit
     prepared.clear()
     built = {name: build(model, name) for name in names}
     dense = build(model, "dense")
     card = preprocessing(spec_of_name(model).name)
     batch = synthetic_batch(dense.image_size, batch_size, dense.num_classes, DEVICES)
+    training = None
     if mode == "training":
-        compile_one = Training(params_of(model), card, batch, DEVICES).program
+        training = Training(params_of(model), card, batch, DEVICES)
+        compile_one = training.program
     else:
         params = programs.cast(params_of(model), dense.dtype, DEVICES)
         images = DEVICES.init(card.normalize, batch["image"])
-        compile_one = functools.partial(
-            programs.inference, params=params, images=images, devices=DEVICES
-        )
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+        fixed = dict(params=params, images=images, devices=DEVICES)
+        compile_one = functools.partial(programs.inference, **fixed)
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
     figures = {}
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        futures = {name: pool.submit(compile_one, one) for name, one in built.items()}
-        for name, future in futures.items():
-            try:
-                program = future.result()
-                needed = program.peak_memory_bytes
-                if (needed or 0) > MEMORY_SHARE * limit:
-                    raise MemoryError(f"needs {needed / 2**30:.0f} GiB, too much")
-                # Training steps hand one state on: one that fails would take it from the others.
-                time_calls(name, program.call)
-                prepared[name] = program
-                figures[name] = dict(
-                    macs=macs(built[name]),
-                    flops=2 * logit_macs(built[name]),
-                    tokens=built[name].tokens_per_block,
-                    memory_bytes=needed,
-                    compile_seconds=program.compile_seconds,
-                )
-            except Exception as error:
-                figures[name] = dict(error=brief(error))
+    pool = ThreadPoolExecutor(COMPILERS)
+    futures = {name: pool.submit(compile_one, one) for name, one in built.items()}
+    for name, future in futures.items():
+        try:
+            program = future.result(timeout=max(end - time.monotonic(), 0))
+            needed = program.peak_memory_bytes
+            if (needed or 0) > MEMORY_SHARE * memory:
+                raise MemoryError(f"it needs {needed / 2**30:.0f} GiB, too much")
+            time_calls(name, program.call)
+            prepared[name] = program
+            figures[name] = dict(
+                macs=macs(built[name]),
+                flops=2 * logit_macs(built[name]),
+                tokens=built[name].tokens_per_block,
+                memory_bytes=needed,
+            )
+        except TimeoutError:
+            figures[name] = dict(error=f"not compiled within {limit:.0f} s")
+        except Exception as error:
+            figures[name] = dict(error=brief(error))
+            if training:  # a step that fails takes the state along, which the others need
+                training.__post_init__(params_of(model))
+    pool.shutdown(wait=False, cancel_futures=True)
     return figures
 
 
@@ -249,7 +289,7 @@ def attention(
                 except Exception as error:
                     calls.pop(name, None)
                     errors[name] = dict(error=brief(error))
-            times = take_turns(calls, queued=True, **timing)
+            times = take_turns(calls, **timing)
             for name in forms:
                 row = dict(num_heads=num_heads, tokens=length, mode=mode, form=name)
                 row |= errors[name]
@@ -259,20 +299,24 @@ def attention(
     return rows
 
 
-def profile(model: str, mode: str, batch_size: int, names: list[str], keep: str, top: int) -> dict:
+def profile(
+    model: str, mode: str, batch_size: int, names: list[str], keep: str, top: int, limit: float
+) -> dict:
     """What the device did in three calls of a variant, longest kernels first.
 
     Args:
       keep: where a copy of the trace goes.
+      top: how many kernels to name.
+      limit: seconds for compiling.
     """
-    found = prepare(model, mode, batch_size, names)[names[0]]
+    found = prepare(model, mode, batch_size, names, limit)[names[0]]
     if "error" in found:
         raise RuntimeError(found["error"])
     call, calls = prepared[names[0]].call, 3
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             start = time.perf_counter()
-            time_calls(names[0], call, calls, queued=True)
+            time_calls(names[0], call, calls)
             seconds = (time.perf_counter() - start) / calls
         path = max(Path(folder).rglob("*.trace.json.gz"), key=lambda path: path.stat().st_size)
         shutil.copy(path, keep)

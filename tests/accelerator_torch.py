@@ -76,13 +76,21 @@ def program(
     return train
 
 
-def prepare(names: list[str], **case) -> dict:
-    """Builds, compiles and calls variants; name -> its figures, or dict(error=TEXT)."""
+def prepare(names: list[str], limit: float, **case) -> dict:
+    """Builds, compiles and calls variants; name -> its figures, or dict(error=TEXT).
+
+    Args:
+      limit: seconds, after which no further one is begun.
+    """
+    end = time.monotonic() + limit
     release()
     torch._dynamo.reset()
     figures = {}
     for name in names:
         start = time.perf_counter()
+        if time.monotonic() > end:
+            figures[name] = dict(error=f"not begun within {limit:.0f} s")
+            continue
         try:
             if DEVICE == "cuda":
                 torch.cuda.reset_peak_memory_stats()

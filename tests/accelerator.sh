@@ -3,7 +3,7 @@
 # Every figure that an accelerator is needed for, in one command and under ten minutes:
 #   tests/accelerator.sh [REFERENCE] [--resume=results.json] [--rehearse]
 # REFERENCE is a checkout of https://github.com/youweiliang/evit. Tables and results.json go to
-# $OUT, default ./accelerator_results; tests/accelerator.py says what they hold.
+# $OUT, default ./accelerator_results; tests/accelerator/__main__.py says what they hold.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements of tests/accelerator.py that PyTorch makes, in a process of their own."""
+"""The measurements of tests/accelerator that PyTorch makes, in a process of their own."""
 
 import functools
 import gc
@@ -10,7 +10,7 @@ import types
 import timm
 import torch
 
-from tests.accelerator_worker import answer, brief
+from tests.accelerator.workers import answer, brief
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 prepared: dict[str, object] = {}

@@ -1,32 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every figure that an accelerator is needed for, most valuable first, within a budget of time.
+"""What to measure on an accelerator, in which order, and what came of it."""
 
-tests/accelerator.sh [REFERENCE] [--out=DIR] [--budget=540] [--resume=results.json] [--rehearse]
-
-On a GPU or TPU machine with the project's JAX; where its python3 has torch and timm as well (and
-torch sees the GPU), DeiT of timm and, with a REFERENCE checkout of
-https://github.com/youweiliang/evit, the official EViT run beside ours: autocast to bfloat16, plain
-and torch.compile'd, AdamW fused. Nothing is downloaded or installed.
-
-  speed        DeiT-S and DeiT-B in bfloat16: dense, EViT at 0.7 and 0.5, ToMe at the
-               multiply-accumulates of EViT at 0.7; batches of 1, 64, 256 and 1024; inference, and
-               training steps (forward, backward, AdamW). All variants of a case, PyTorch's in a
-               process beside, take turns of queued calls, every other round backwards; at batch 1
-               once more with each call awaited. Figures are medians of rounds.
-  peak         the fastest matrix product and copy, which the shares are of
-  correctness  logits in bfloat16 beside float32, float32 beside the CPU's; the tests of the
-               attention's forms, run on the device
-  attention    the attention branch in the model's form, the CPU's, and by
-               `jax.nn.dot_product_attention` with XLA and cuDNN, at the model's token counts
-  profile      the kernels that take most of the time
-
-results.json and tables.md in DIR are written after every part. A part that fails leaves its error
-and the next one goes on; one that no longer fits into --budget (seconds) is listed as skipped, and
-a second run with --resume, the first one's results.json, measures those. --rehearse runs all of it
-on a tiny model in about a minute, on a CPU too.
-"""
-
-import argparse
 import functools
 import itertools
 import json
@@ -39,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from tests.accelerator_tables import markdown
-from tests.accelerator_worker import Failed, Worker, brief
+from tests.accelerator.cases import rows_of, take_turns
+from tests.accelerator.tables import markdown
+from tests.accelerator.workers import Failed, Worker, brief
 
 OURS = ("dense", "evit 0.7", "evit 0.5", "tome")
 THEIRS = ("timm", "EViT 1", "EViT 0.7", "EViT 0.5")
@@ -84,9 +57,12 @@ class Part(NamedTuple):
 
 
 class Session:
-    """The two processes, what to measure with them, and what came of it."""
+    """The two processes, what to measure with them, and what came of it.
 
-    def __init__(self, flags: argparse.Namespace):
+    Its flags are those of __main__.py.
+    """
+
+    def __init__(self, flags):
         self.flags, self.out = flags, Path(flags.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.start = time.monotonic()
@@ -95,9 +71,9 @@ class Session:
         self.programs = tempfile.TemporaryDirectory()
         memory = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", XLA_PYTHON_CLIENT_MEM_FRACTION="0.93")
         cache = dict(JAX_COMPILATION_CACHE_DIR=self.programs.name)
-        self.jax = Worker("tests.accelerator_jax", self.out / "jax.log", cache | memory)
+        self.jax = Worker("tests.accelerator.jax_side", self.out / "jax.log", cache | memory)
         memory = dict(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
-        self.torch = Worker("tests.accelerator_torch", self.out / "torch.log", memory)
+        self.torch = Worker("tests.accelerator.torch_side", self.out / "torch.log", memory)
         self.theirs = THEIRS if flags.reference else THEIRS[:1]
         self.timing = (
             dict(rounds=2, seconds=0.002) if self.rehearse else dict(rounds=7, seconds=0.1)
@@ -158,7 +134,7 @@ class Session:
 
         def attention(model):
             run = functools.partial(self.attention, model, 8 if self.rehearse else size)
-            return Part(f"attention of {model.label}", 45, run)
+            return Part(f"attention of {model.label}", 60, run)
 
         parts = [
             Part("peak", 20, self.peak),
@@ -228,6 +204,7 @@ class Session:
 
     def correctness(self, model: Model, deadline: float) -> None:
         asked = dict(model=model.spec, names=OURS, batch_size=16)
+        asked["limit"] = deadline - time.monotonic() - TURNS
         rows = self.jax.ask("correctness", deadline, **asked)
         self.results["correctness"] = [row | dict(model=model.label) for row in rows]
 
@@ -235,6 +212,7 @@ class Session:
         heads = model.sizes["num_heads"]
         asked = dict(lengths=model.tokens, num_heads=heads, batch_size=batch_size)
         asked["head_width"] = model.sizes["embed_dim"] // heads
+        asked["limit"] = deadline - time.monotonic() - TURNS
         self.results["attention"] += self.jax.ask("attention", deadline, **asked, **self.timing)
 
     def profile(self, model: Model, mode: str, batch_size: int, deadline: float) -> None:
@@ -294,107 +272,17 @@ class Session:
                     figures[side, name] = found
             except Failed as error:
                 errors.append(f"{side.module}: {error}")
-        rows = self.take_turns(figures, deadline, awaited=batch_size == 1)
-        if rows:
-            self.results["speed"] += self.figures_of(rows, figures, model, case, compiled)
+        rounds = take_turns(figures, deadline, awaited=batch_size == 1, **self.timing)
+        for row in rows_of(rounds, figures, batch_size, mode, self.results["peak"]):
+            shared = dict(model=model.label, **case, beside_compiled=compiled)
+            self.results["speed"].append(shared | row)
         errors += [
             f"{name}: {one['error']}" for (_, name), one in figures.items() if "error" in one
         ]
         for side in sides:
             if side.process is not None:
                 side.ask("release", deadline)
-        if not rows:
+        if not rounds:
             raise Failed("; ".join(errors))
         for error in errors:
             self.note(f"{mode}, {model.label}, batch {batch_size}: {error}")
-
-    def take_turns(self, figures: dict, deadline: float, *, awaited: bool) -> dict:
-        """(worker, variant) -> dict(queued=seconds of each round, awaited=...).
-
-        A variant whose turn fails gets an `error` among its figures, and no others.
-        """
-        live = [key for key, found in figures.items() if "error" not in found]
-
-        def turn(key, calls, queued):
-            side, name = key
-            return side.ask("turn", deadline, name=name, calls=calls, queued=queued)
-
-        calls, rounds = {}, {key: {} for key in live}
-        ways = ("queued", "awaited") if awaited else ("queued",)
-        for way in ways:
-            for number in range(-1, self.timing["rounds"]):  # the first one counts calls
-                for key in live[:: -1 if number % 2 else 1]:
-                    if "error" in figures[key]:
-                        continue
-                    try:
-                        spent = turn(key, calls.get(key, 1), way == "queued")
-                    except Failed as error:
-                        figures[key]["error"] = str(error)
-                        continue
-                    if number < 0:
-                        fitting = round(self.timing["seconds"] / spent)
-                        calls[key] = min(max(fitting, 1), 300)
-                    else:
-                        rounds[key].setdefault(way, []).append(spent)
-        return {key: some for key, some in rounds.items() if "error" not in figures[key]}
-
-    def figures_of(
-        self, rounds: dict, figures: dict, model: Model, case: dict, compiled: bool
-    ) -> list[dict]:
-        """The rows of a case."""
-        speeds = {key[1]: case["batch_size"] / np.asarray(some["queued"])
-                  for key, some in rounds.items()}  # fmt: skip
-        peak = (self.results["peak"] or {}).get("flops_per_second")
-        rows = []
-        for (side, name), some in rounds.items():
-            found, speed = figures[side, name], speeds[name]
-            rate = dict(dense="1", timm="1", tome="0.7").get(name.split()[0], name.split()[-1])
-            row = dict(model=model.label, **case, beside_compiled=compiled, variant=name)
-            row |= dict(framework="JAX" if side is self.jax else "PyTorch", **found)
-            row |= spread("images_per_second", speed)
-            row["ms"] = 1000 * case["batch_size"] / row["images_per_second"]
-            if "awaited" in some:
-                row |= spread("latency_ms", 1000 * np.asarray(some["awaited"]))
-            if "dense" in speeds:
-                row |= spread("over_dense", speed / speeds["dense"])
-            if side is self.jax:
-                work = found["flops"] * (3 if case["mode"] == "training" else 1)
-                row["flops_per_second"] = work * row["images_per_second"]
-                row["peak_share"] = row["flops_per_second"] / peak if peak else None
-                row["over"] = {
-                    other: float(np.median(speed / theirs))
-                    for other, theirs in speeds.items()
-                    if other.startswith(f"EViT {rate}") or (other[:4] == "timm" and rate == "1")
-                }
-            rows.append(row)
-        return rows
-
-
-def spread(name: str, values: np.ndarray) -> dict:
-    """Median, and lowest and highest as NAME_range."""
-    low, middle, high = (float(f(values)) for f in (np.min, np.median, np.max))
-    return {name: middle, f"{name}_range": [low, high]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("reference", nargs="?", default="")
-    parser.add_argument("--out", default="./accelerator_results")
-    parser.add_argument("--budget", type=float, default=540)
-    parser.add_argument("--resume", default="")
-    parser.add_argument("--rehearse", action="store_true")
-    flags = parser.parse_args()
-    if flags.reference and not (Path(flags.reference) / "evit.py").is_file():
-        parser.error(f"{flags.reference} has no evit.py; give a checkout of youweiliang/evit")
-    session = Session(flags)
-    try:
-        session.run()
-    finally:
-        session.close()
-    print((session.out / "tables.md").read_text())
-
-
-if __name__ == "__main__":
-    main()

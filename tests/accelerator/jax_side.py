@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurements of tests/accelerator.py that JAX makes, in a process of their own."""
+"""The measurements of tests/accelerator that JAX makes, in a process of their own."""
 
 import functools
 import gzip
 import json
-import re
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -19,50 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from evit_jax.measure import programs
-from evit_jax.measure.timing import await_result
 from evit_jax.measure.training_steps import Training, synthetic_batch
 from evit_jax.models import build_model, init_params, preprocessing
-from evit_jax.models.attention import attention_branch
 from evit_jax.plan.flops import logit_macs, macs
-from evit_jax.runtime.forms import EXACT, by_chip
-from evit_jax.runtime.parallel import DataParallel
 from evit_jax.training.trained import spec_of_name
-from tests.accelerator_worker import answer, brief
+from tests.accelerator.attention import COMPILERS, DEVICES, attention
+from tests.accelerator.timing import kernels_of, take_turns, time_calls
+from tests.accelerator.workers import answer, brief
 
-COMPILERS = 4  # programs that are compiled at once
 MEMORY_SHARE = 0.95  # of the device's, which a program may ask for
-DEVICES = DataParallel(jax.devices()[:1])
 prepared: dict[str, programs.Program] = {}
-
-
-def time_calls(name: str, function: Callable, calls: int = 1, *, queued: bool = True) -> float:
-    """Seconds a call.
-
-    One device does what it is handed in order, so of queued calls the last is awaited. The results
-    of the others are not kept: those of a turn might not fit into its memory.
-    """
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = function()
-        if not queued:
-            await_result(name, result)
-    await_result(name, result)
-    return (time.perf_counter() - start) / calls
-
-
-def take_turns(
-    variants: dict[str, Callable], *, rounds: int, seconds: float
-) -> dict[str, np.ndarray]:
-    """Name -> (rounds,) seconds a call; every other round goes through them backwards."""
-    calls = {}
-    for name, function in variants.items():
-        time_calls(name, function)
-        calls[name] = max(1, round(seconds / time_calls(name, function)))
-    figures = {name: [] for name in variants}
-    for number in range(rounds):
-        for name in reversed(variants) if number % 2 else variants:
-            figures[name].append(time_calls(name, variants[name], calls[name]))
-    return {name: np.asarray(values) for name, values in figures.items()}
 
 
 def describe() -> dict:
@@ -183,11 +146,18 @@ def turn(name: str, calls: int, queued: bool) -> float:
     return time_calls(name, prepared[name].call, calls, queued=queued)
 
 
-def correctness(model: str, names: list[str], batch_size: int) -> list[dict]:
-    """Logits in bfloat16 beside float32 on the device, and float32 beside the CPU's."""
+def correctness(model: str, names: list[str], batch_size: int, limit: float) -> list[dict]:
+    """Logits in bfloat16 beside float32 on the device, and float32 beside the CPU's.
+
+    Args:
+      limit: seconds, after which no further variant is begun.
+    """
+    end = time.monotonic() + limit
     rng = np.random.default_rng(0)
     rows = []
     for name in names:
+        if rows and time.monotonic() > end:
+            break
         exact, half = (build(model, name, dtype) for dtype in ("float32", "bfloat16"))
         images = rng.normal(size=(batch_size, *exact.image_size, 3)).astype(np.float32)
         params = jax.device_get(params_of(model))
@@ -219,83 +189,6 @@ def correctness(model: str, names: list[str], batch_size: int) -> list[dict]:
                     finite=bool(np.isfinite(got).all()),
                 )
             )
-    return rows
-
-
-def fused_branch(x, kernels, biases, *, num_heads: int, implementation: str, tile: int = 1):
-    """The attention branch around `jax.nn.dot_product_attention`; x (B, N, D) -> (B, N, D).
-
-    Args:
-      tile: pad the tokens to a multiple of this, hidden from the softmax.
-    """
-    batch, length, width = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -length % tile), (0, 0)))
-    qkv = x @ kernels[0] + biases[0][None, None]
-    q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, num_heads, -1), 2, 0)
-    visible = dict(key_value_seq_lengths=jnp.full((batch,), length, jnp.int32))
-    y = jax.nn.dot_product_attention(
-        q, k, v, implementation=implementation, **(visible if length % tile else {})
-    )
-    y = y[:, :length].reshape(batch, length, width)
-    return y @ kernels[1] + biases[1][None, None]
-
-
-def attention(
-    lengths: list[int], num_heads: int, head_width: int, batch_size: int, **timing
-) -> list[dict]:
-    """The attention branch, projections included, in every form at the model's token counts."""
-    width = num_heads * head_width
-
-    def ours(x, kernels, biases):
-        branch = functools.partial(attention_branch, num_heads=num_heads, first=None)
-        return by_chip(branch, x, kernels, biases, None, dtype=x.dtype)[0]
-
-    def exact(x, kernels, biases):
-        fixed = dict(num_heads=num_heads, first=None, form=EXACT)
-        return attention_branch(x, kernels, biases, None, **fixed)[0]
-
-    fused = functools.partial(fused_branch, num_heads=num_heads)
-    forms = {
-        "the model's": ours,
-        "the CPU's": exact,
-        "XLA": functools.partial(fused, implementation="xla"),
-        "cuDNN": functools.partial(fused, implementation="cudnn"),
-        "cuDNN, tiles of 8": functools.partial(fused, implementation="cudnn", tile=8),
-    }
-
-    def gradient(form):
-        return jax.grad(lambda *args: jnp.sum(form(*args).astype(jnp.float32) ** 2), (0, 1, 2))
-
-    rows = []
-    for length in lengths:
-        shapes = ((batch_size, length, width), (width, 3 * width), (width, width))
-
-        def draw(key, shapes=shapes):
-            x, *kernels = (jax.random.normal(key, shape, jnp.bfloat16) for shape in shapes)
-            biases = jnp.zeros(3 * width, jnp.bfloat16), jnp.zeros(width, jnp.bfloat16)
-            return x, tuple(kernel * width**-0.5 for kernel in kernels), biases
-
-        args = DEVICES.init(draw, jax.random.key(0))
-        for mode, change in dict(inference=lambda form: form, gradient=gradient).items():
-            calls, errors, expected = {}, {}, None
-            for name, form in forms.items():
-                try:
-                    program = jax.jit(change(form)).lower(*args).compile()
-                    calls[name] = functools.partial(program, *args)
-                    got = np.asarray(jax.tree.leaves(calls[name]())[0], np.float32)
-                    expected = got if expected is None else expected
-                    off = np.linalg.norm(got - expected) / np.linalg.norm(expected)
-                    errors[name] = dict(difference=float(off))
-                except Exception as error:
-                    calls.pop(name, None)
-                    errors[name] = dict(error=brief(error))
-            times = take_turns(calls, **timing)
-            for name in forms:
-                row = dict(num_heads=num_heads, tokens=length, mode=mode, form=name)
-                row |= errors[name]
-                if name in times:
-                    row["ms"] = 1000 * float(np.median(times[name]))
-                rows.append(row)
     return rows
 
 
@@ -337,42 +230,6 @@ def profile(
         busy_ms=busy / calls,
         kernels=kernels,
     )
-
-
-def kernels_of(trace: dict) -> tuple[Counter, Counter]:
-    """(milliseconds, events) by name of kernel in a trace of `jax.profiler`.
-
-    Of a GPU these are the events on its streams, of a TPU the XLA operations; a CPU's are those of
-    any thread that name the instruction they run. Numbers that tell copies of a kernel apart
-    (fusion.12, fusion_7) are dropped.
-    """
-    events = trace["traceEvents"]
-    names = {
-        (kind, event.get("pid"), event.get("tid") if kind == "thread_name" else None): (
-            event.get("args", {}).get("name", "")
-        )
-        for event in events
-        if event.get("ph") == "M" and (kind := event.get("name")) in ("process_name", "thread_name")
-    }
-
-    def place(event):
-        pid, tid = event.get("pid"), event.get("tid")
-        process = names.get(("process_name", pid, None), "")
-        return process, names.get(("thread_name", pid, tid), "")
-
-    done = [(event, *place(event)) for event in events if event.get("ph") == "X"]
-    device = [(event, thread) for event, process, thread in done if "/device:" in process]
-    for prefix in ("Stream", "XLA Ops"):
-        if some := [event for event, thread in device if thread.startswith(prefix)]:
-            break
-    else:
-        some = [event for event, *_ in done if "hlo_op" in event.get("args", {})]
-    spent, count = Counter(), Counter()
-    for event in some:
-        name = re.sub(r"([._]\d+)+$", "", event["name"])
-        spent[name] += event.get("dur", 0) / 1000  # microseconds
-        count[name] += 1
-    return spent, count
 
 
 def release() -> None:

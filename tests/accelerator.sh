@@ -5,7 +5,7 @@
 # REFERENCE is a checkout of https://github.com/youweiliang/evit. Tables and results.json go to
 # $OUT, default ./accelerator_results; tests/accelerator/__main__.py says what they hold.
 set -eu
-cd "$(dirname "$0")/.."
-PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export PYTHONPATH PYTHONUNBUFFERED
 exec "${PYTHON:-python3}" -m tests.accelerator --out="${OUT:-./accelerator_results}" "$@"

@@ -17,6 +17,7 @@ from tests.accelerator.cases import rows_of, take_turns
 from tests.accelerator.tables import markdown
 from tests.accelerator.workers import Failed, Worker, brief
 
+ROOT = Path(__file__).parents[2]
 OURS = ("dense", "evit 0.7", "evit 0.5", "tome")
 THEIRS = ("timm", "EViT 1", "EViT 0.7", "EViT 0.5")
 TURNS = 15  # seconds that those of a case may take
@@ -234,6 +235,7 @@ class Session:
             capture_output=True,
             text=True,
             env=os.environ | WHOLE,
+            cwd=ROOT,
             timeout=max(deadline - time.monotonic(), 1),
         )
         lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()

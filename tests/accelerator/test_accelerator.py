@@ -10,11 +10,15 @@ import textwrap
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from evit_jax.models.attention import attention_branch
 from evit_jax.plan.flops import macs
+from tests.accelerator.attention import fused_branch
 from tests.accelerator.jax_side import build
-from tests.accelerator.session import OURS, Session, tiny
+from tests.accelerator.session import OURS, Session, deit, tiny
 from tests.accelerator.tables import markdown
 from tests.accelerator.timing import kernels_of
 from tests.accelerator.workers import Failed, Worker
@@ -213,6 +217,30 @@ def test_tome_is_given_the_work_of_evit():
     evit, tome = (macs(build(model, name)) for name in ("evit 0.7", "tome"))
     assert tome == pytest.approx(evit, rel=0.005)
     assert build(model, "evit 0.7").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("size", [("small", 384, 6), ("base", 768, 12)])
+def test_both_frameworks_are_given_the_same_model(size):
+    model = deit(*size)
+    ours = build(model.spec, "evit 0.7")
+    assert (ours.width, ours.depth, ours.num_heads) == tuple(
+        model.sizes[name] for name in ("embed_dim", "depth", "num_heads")
+    )
+    assert ours.num_classes == model.sizes["num_classes"]
+    assert tuple(i for i, keep in enumerate(ours.keep) if keep is not None) == model.layers
+    counts = ours.prefix + ours.patches, *(ours.tokens_per_block[i] for i in model.layers)
+    assert counts == model.tokens
+
+
+@pytest.mark.parametrize("tile", [1, 8])
+def test_fused_attention_is_the_models_attention(tile):
+    rng = np.random.default_rng(0)
+    shapes = (2, 13, 24), (24, 72), (24, 24), (72,), (24,)
+    x, *rest = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    kernels, biases = (rest[0] / 3, rest[1] / 3), tuple(rest[2:])
+    expected, _ = attention_branch(x, kernels, biases, None, num_heads=3, first=None)
+    got = fused_branch(x, kernels, biases, num_heads=3, implementation="xla", tile=tile)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
 
 
 WORKER = """

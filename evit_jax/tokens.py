@@ -51,6 +51,8 @@ from flax import struct
 
 from evit_jax.errors import InputError
 from evit_jax.plan.counts import Entry, Keep, quarter_layers
+from evit_jax.runtime.forms import EXACT, Form, by_chip
+from evit_jax.runtime.layouts import tokens_outside
 
 
 @struct.dataclass
@@ -280,24 +282,61 @@ def destinations(kept: jax.Array, n: int, rest: int) -> jax.Array:
     return jnp.full((batch, n), rest, jnp.int32).at[rows, kept].set(positions, unique_indices=True)
 
 
-def drop(tokens: Tokens, kept: jax.Array) -> Tokens:
-    """Keeps the prefix and the patch tokens `kept` (B, K), in that order; the rest is gone."""
+def drop(tokens: Tokens, kept: jax.Array, fused: jax.Array | None = None) -> Tokens:
+    """Keeps the prefix and the patch tokens `kept` (B, K), in that order; the rest is gone.
+
+    Args:
+      fused: (B, n) float32, shares of the patch tokens in one more x, put last; what else such a
+        token has is the caller's to append.
+    """
     prefix = jnp.broadcast_to(jnp.arange(tokens.prefix), (kept.shape[0], tokens.prefix))
     index = jnp.concatenate([prefix, kept + tokens.prefix], axis=1)
+    if fused is not None:
+        fused = jnp.pad(fused, ((0, 0), (tokens.prefix, 0)))
 
-    def gather(array):  # (B, N, ...) -> (B, prefix + K, ...); `kept` is in bounds by construction
-        if array is None:
-            return None
-        at = index.reshape(*index.shape, *[1] * (array.ndim - 2))
-        return jnp.take_along_axis(array, at, axis=1, mode="promise_in_bounds")
+    def of(array):
+        return None if array is None else take(array, index)
 
     return tokens.replace(
-        x=gather(tokens.x),
-        size=gather(tokens.size),
+        x=by_chip(pick, tokens.x, index, fused, dtype=tokens.x.dtype),
+        size=of(tokens.size),
         owner=follow(tokens.owner, destinations(kept, tokens.patches, rest=-1)),
-        weight=gather(tokens.weight),
-        positions=gather(tokens.positions),
+        weight=of(tokens.weight),
+        positions=of(tokens.positions),
     )
+
+
+def take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """(B, N, ...) at (B, K), each in [0, N) -> (B, K, ...)."""
+    at = index.reshape(*index.shape, *[1] * (array.ndim - 2))
+    return jnp.take_along_axis(array, at, axis=1, mode="promise_in_bounds")
+
+
+def pick(
+    x: jax.Array, index: jax.Array, fused: jax.Array | None = None, form: Form = EXACT
+) -> jax.Array:
+    """Tokens x (B, N, D) at index (B, K), and their sum with the shares `fused` (B, N) float32.
+
+    Returns:
+      (B, K, D), or (B, K + 1, D) with the sum as the last token, in the dtype of x.
+    """
+    if form.one_hot:
+        # A gather of rows is slow where the tokens of an image do not lie side by side, and its
+        # gradient is a scatter. A product with zeros and ones is exact.
+        count, places = index.shape[1], jnp.arange(x.shape[1])[None, None]
+        if fused is None:
+            matrix = index[..., None] == places
+        else:  # written as one expression, which a compiler makes where the product reads it
+            index = jnp.pad(index, ((0, 0), (0, 1)), constant_values=-1)
+            last = jnp.arange(count + 1)[None, :, None] == count
+            matrix = jnp.where(last, fused[:, None], (index[..., None] == places).astype(F32))
+        y = jnp.einsum("bkn,bnd->bkd", matrix.astype(x.dtype), x, preferred_element_type=F32)
+        return tokens_outside(y.astype(x.dtype))
+    picked = take(x, index)
+    if fused is None:
+        return picked
+    total = jnp.einsum("bn,bnd->bd", fused, x.astype(F32))[:, None]
+    return jnp.concatenate([picked, total.astype(x.dtype)], axis=1)
 
 
 def unmerge(x: jax.Array, owner: jax.Array, *, prefix: int) -> jax.Array:

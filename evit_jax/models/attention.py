@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from evit_jax.models.layers import weight_init
+from evit_jax.models.layers import Affine
 from evit_jax.runtime.forms import EXACT, Form, by_chip
+from evit_jax.runtime.layouts import tokens_outside
 from evit_jax.tokens import softmax_weights
 
 TO_F32 = dict(preferred_element_type=jnp.float32)
@@ -97,16 +98,30 @@ def one_product(
 
 
 def three_products(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, first: int | None
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    heads: slice,
+    num_heads: int,
+    first: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same, of three products that each keep the heads apart from the start."""
-    asking = (x[:, :first], x, x)
-    q, k, v = (
-        jnp.einsum("bnd,dhc->bnhc", part, kernel[:, i]) + bias[None, None, i]
-        for i, part in enumerate(asking)
-    )
-    q = q * kernel.shape[-1] ** -0.5
-    return q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    """The same for some of the heads, of three products, each laid out as the next one reads it.
+
+    Args:
+      kernel, bias: (D, 3 D) and (3 D,), sliced here as they are stored: of another form each slice
+        is one more array, and a TPU's compiler gives up fast memory where there are too many.
+    """
+    width = x.shape[-1]
+    head_width = width // num_heads
+
+    def product(x, number):
+        start = number * width
+        columns = slice(start + heads.start * head_width, start + heads.stop * head_width)
+        y = tokens_outside(x @ kernel[:, columns] + bias[None, None, columns])
+        return y.reshape(*y.shape[:2], -1, head_width).transpose(0, 2, 1, 3)
+
+    q, k, v = product(x[:, :first], 0), product(x, 1), product(x, 2)
+    return q * head_width**-0.5, k, v
 
 
 def class_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -151,41 +166,34 @@ def attention_branch(
       (B, Q, D) and, by name, q (B, H, Q, C) scaled, k and v (B, H, N, C), all in the dtype of x,
       and `row` (B, H, N) float32, the logits of the first token's query.
     """
-    batch, length, width = x.shape
+    length, width = x.shape[1:]
     sides = 3, num_heads, width // num_heads
     qkv, bias = kernels[0].reshape(width, *sides), biases[0].reshape(sides)
-    split = one_product if form.fused_qkv else three_products
-    least, most = form.halved
-    halves = 2 if weight is None and least < length <= most else 1
-    size = -(-num_heads // halves)
+    size = num_heads
+    if not form.fused_qkv:
+        x = jax.lax.optimization_barrier(x)  # read many times: compute the norm before it once
+        if weight is None and length > form.lanes:
+            size = min(max(form.lanes // sides[-1], 1), num_heads)
 
-    y, parts = 0, []
+    seen, parts = [], []
     for start in range(0, num_heads, size):
-        heads = slice(start, start + size)
-        q, k, v = split(x, qkv[:, :, heads], bias[:, heads], first)
-        seen = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
-        seen = seen.astype(x.dtype).transpose(0, 2, 1, 3)  # (B, Q, heads, C)
-        rows = kernels[1].reshape(num_heads, -1, width)[heads].reshape(-1, width)
-        y = y + seen.reshape(batch, seen.shape[1], -1) @ rows
+        heads = slice(start, min(start + size, num_heads))
+        if form.fused_qkv:
+            q, k, v = one_product(x, qkv, bias, first)
+        else:
+            q, k, v = three_products(x, kernels[0], biases[0], heads, num_heads, first)
+        y = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
+        y = y.astype(x.dtype).transpose(0, 2, 1, 3)  # (B, Q, heads, C)
+        y = y.reshape(*y.shape[:2], -1)
+        seen.append(y if form.fused_qkv else tokens_outside(y))
         parts.append((q, k, v))
+    y = (jnp.concatenate(seen, axis=-1) if len(seen) > 1 else seen[0]) @ kernels[1]
     q, k, v = (jnp.concatenate(some, axis=1) for some in zip(*parts, strict=True))
     if form.fused_qkv:
         row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
     else:
         row = class_logits(x, qkv, bias)
     return y + biases[1][None, None], dict(q=q, k=k, v=v, row=row)
-
-
-class Affine(nn.Module):
-    """The parameters of a dense layer, for products that are not x @ kernel + bias."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
-        """Kernel (width, features) and bias (features,), float32."""
-        kernel = self.param("kernel", weight_init, (width, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros_init(), (self.features,))
 
 
 class Attention(nn.Module):

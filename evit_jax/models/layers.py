@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from evit_jax.runtime.forms import Form, by_chip
+from evit_jax.runtime.forms import EXACT, Form, by_chip
 
 # DeiT draws weights from a normal truncated at an absolute value of 2, which at this width never
 # truncates, and leaves biases at zero.
@@ -52,6 +52,55 @@ def dropout(x: jax.Array, rate: float, rngs: jax.Array | None, *, whole: bool = 
     shape = (1, 1) if whole else x.shape[1:]
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(rngs)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+class Affine(nn.Module):
+    """The parameters of a dense layer, for products that are not x @ kernel + bias."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer = weight_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Kernel (width, features) and bias (features,), float32."""
+        kernel = self.param("kernel", self.kernel_init, (width, self.features))
+        return kernel, self.param("bias", self.bias_init, (self.features,))
+
+
+def embed_patches(
+    images: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    patch_size: tuple[int, int],
+    form: Form = EXACT,
+) -> jax.Array:
+    """A linear layer of every patch: a convolution whose stride is its size.
+
+    Args:
+      images: (B, H, W, 3) float32.
+      kernel, bias: (h * w * 3, D) and (D,), in the dtype of the computation.
+      patch_size: (h, w), of which H and W are multiples.
+
+    Returns:
+      (B, P, D) in the dtype of the kernel, patches in row-major order.
+    """
+    batch, height, width = images.shape[:3]
+    high, wide = patch_size
+    rows, columns = height // high, width // wide
+    if form.convolve:
+        # In float32, which the convolution reads where it lies: the products are rounded to
+        # bfloat16 as they enter the matrix unit either way, and a copy in it costs more than they.
+        windows = kernel.astype(jnp.float32).reshape(high, wide, 3, -1)
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            images, windows, patch_size, "VALID", dimension_numbers=layout
+        )
+        x = (x + bias.astype(jnp.float32)[None, None, None]).astype(kernel.dtype)
+        return x.reshape(batch, rows * columns, -1)
+    patches = images.astype(kernel.dtype).reshape(batch, rows, high, columns, wide, 3)
+    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+    return patches @ kernel + bias[None, None]
 
 
 class Mlp(nn.Module):

@@ -4,6 +4,8 @@
 Letters: B images, P original patches, N tokens, D width.
 """
 
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 from evit_jax.models.backbone import Backbone
 from evit_jax.models.block import Block, reduce
 from evit_jax.models.card import IMAGENET, Preprocessing
-from evit_jax.models.layers import dropout, fold, norm, weight_init
+from evit_jax.models.layers import Affine, dropout, embed_patches, fold, norm, weight_init
+from evit_jax.runtime.forms import by_chip
 from evit_jax.tokens import Signals, Tokens
 
 
@@ -118,13 +121,8 @@ class ViT(Backbone):
 
     def embed(self, images: jax.Array, rngs: jax.Array | None) -> Tokens:
         """Patches, prefix tokens and positions: the tokens that enter the first block."""
-        batch = images.shape[0]
-        (rows, columns), (high, wide) = self.grid, self.patch_size
-        pixels = 3 * high * wide
+        batch, pixels = images.shape[0], 3 * math.prod(self.patch_size)
 
-        # A convolution whose stride is its size is one matrix product over flattened patches.
-        patches = images.astype(self.dtype).reshape(batch, rows, high, columns, wide, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, self.patches, pixels)
         # DeiT leaves this layer at PyTorch's default for convolutions: uniform in
         # +-1/sqrt(fan_in), for kernel and bias alike.
         uniform = nn.initializers.uniform(2 * pixels**-0.5)
@@ -132,14 +130,12 @@ class ViT(Backbone):
         def default_init(key, shape, dtype=jnp.float32):
             return uniform(key, shape, dtype) - pixels**-0.5
 
-        dense = nn.Dense(
-            self.width,
-            dtype=self.dtype,
-            kernel_init=default_init,
-            bias_init=default_init,
-            name="patch_embed",
+        layer = Affine(
+            self.width, kernel_init=default_init, bias_init=default_init, name="patch_embed"
         )
-        x = dense(patches)  # (B, P, D)
+        kernel, bias = (a.astype(self.dtype) for a in layer(pixels))
+        patches = functools.partial(embed_patches, patch_size=self.patch_size)
+        x = by_chip(patches, images, kernel, bias, dtype=self.dtype)  # (B, P, D)
 
         names = ("cls_token", "dist_token")[: self.prefix]
         prefix = [self.param(name, weight_init, (1, 1, self.width)) for name in names]

@@ -28,14 +28,12 @@ class EViT(Reducer):
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         attention = signals.class_attention()[:, tokens.prefix :]  # (B, n)
         _, kept = jax.lax.top_k(attention, keep)  # (B, K)
-        reduced = drop(tokens, kept)
         if not self.fuse:
-            return reduced
+            return drop(tokens, kept)
 
         place = destinations(kept, tokens.patches, rest=keep)  # (B, n), K: into the fused token
         lost = attention * (place == keep).astype(jnp.float32)  # (B, n), 0 for those kept
-        patches = tokens.x[:, tokens.prefix :]
-        fused = jnp.einsum("bn,bnd->bd", lost, patches.astype(jnp.float32))
+        reduced = drop(tokens, kept, fused=lost)
         size = jnp.sum((place == keep) * tokens.size[:, tokens.prefix :], axis=1)  # (B,)
         positions = reduced.positions
         if positions is not None:  # where the fused token is: the mean, by the same attention
@@ -43,7 +41,6 @@ class EViT(Reducer):
             middle = jnp.einsum("bn,bnc->bc", share, tokens.positions[:, tokens.prefix :])
             positions = jnp.concatenate([positions, middle[:, None]], axis=1)
         return reduced.replace(
-            x=jnp.concatenate([reduced.x, fused[:, None].astype(patches.dtype)], axis=1),
             size=jnp.concatenate([reduced.size, size[:, None]], axis=1),
             owner=follow(tokens.owner, place),
             positions=positions,

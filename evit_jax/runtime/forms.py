@@ -27,20 +27,22 @@ class Form:
     # Zero rows added to q, k and v up to a multiple of this, hidden from the softmax. cuBLAS takes
     # multiples of 8 in bfloat16; for others XLA pads each factor in a kernel of its own.
     tile: int = 1
-    # Token counts, from one above the first up to the second, at which half of the heads attend at
-    # a time: their keys begin a second tile of 128, and the map of all of them does not fit into a
-    # v5e's fast memory.
-    halved: tuple[int, int] = (0, 0)
+    # Of three products: where there are more tokens than this, only as many heads as fill so many
+    # lanes attend at a time. Their map stays in a TPU's fast memory, that of all would not fit.
+    lanes: int = 128
+    # Patches by a convolution, not by a product of rows that a copy has to make first.
+    convolve: bool = False
+    # Pick tokens by a product with a one-hot matrix instead of a gather.
+    one_hot: bool = False
     # GELU by tanh, at most 5e-4 from the exact one: less than bfloat16 rounds a 1 by.
     tanh_gelu: bool = False
 
 
 EXACT = Form()
-HALF_PRECISION = dict(
-    tpu=Form(fused_qkv=False, normalize_map=True, halved=(128, 176), tanh_gelu=True),
-    cuda=Form(normalize_map=True, tile=8, tanh_gelu=True),
-)
-SINGLE_PRECISION = dict(tpu=dataclasses.replace(HALF_PRECISION["tpu"], tanh_gelu=False))
+TPU = Form(fused_qkv=False, normalize_map=True, convolve=True, one_hot=True, tanh_gelu=True)
+HALF_PRECISION = dict(tpu=TPU, cuda=Form(normalize_map=True, tile=8, tanh_gelu=True))
+# A one-hot product of float32 is exact only at six times the cost.
+SINGLE_PRECISION = dict(tpu=dataclasses.replace(TPU, one_hot=False, tanh_gelu=False))
 
 
 def by_chip(function: Callable, *args, dtype: jnp.dtype):

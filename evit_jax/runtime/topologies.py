@@ -42,7 +42,9 @@ CHIPS = {
     "v5p": Chip("tpu", "v5p:1x1x1", 95 * GIB),
     "h200": Chip(
         "cuda",
-        HOPPER.format(bandwidth=4814 * 10**9, l2=60 * 2**20, memory=141 * 10**9, name="NVIDIA H200"),
+        HOPPER.format(
+            bandwidth=4814 * 10**9, l2=60 * 2**20, memory=141 * 10**9, name="NVIDIA H200"
+        ),
         141 * 10**9,
     ),
 }

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from evit_jax.models.attention import attention_branch
-from evit_jax.models.layers import gelu
+from evit_jax.models.layers import embed_patches, gelu
 from evit_jax.runtime.forms import EXACT, HALF_PRECISION, SINGLE_PRECISION, Form
+from evit_jax.tokens import pick
 
 BATCH, WIDTH, HEADS = 2, 24, 3
 FORMS = {
     "tpu": SINGLE_PRECISION["tpu"],
     "cuda": HALF_PRECISION["cuda"],
-    "halved": dataclasses.replace(HALF_PRECISION["tpu"], halved=(5, 11)),
+    "one head at a time": dataclasses.replace(SINGLE_PRECISION["tpu"], lanes=8),
+    "two heads at a time": dataclasses.replace(SINGLE_PRECISION["tpu"], lanes=16),
     "tiled": Form(tile=8),
 }
 
@@ -37,7 +39,7 @@ def branch(form, first=None):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("first", [None, 1])
-@pytest.mark.parametrize("length", [5, 8, 11, 12])  # within, at and beyond the forms' limits
+@pytest.mark.parametrize("length", [5, 8, 11, 17])  # within, at and beyond the forms' limits
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_is_the_exact_attention(name, length, first, weighted):
     x, kernels, biases, weight = inputs(length)
@@ -67,12 +69,62 @@ def test_a_form_has_the_exact_gradient(name):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
 
 
-def test_half_of_the_heads_attend_at_a_time_only_where_that_pays():
-    for length, maps in ((5, 1), (6, 2), (11, 2), (12, 1)):
-        x, kernels, biases, _ = inputs(length)
-        jaxpr = jax.make_jaxpr(branch(FORMS["halved"]))(x, kernels, biases, None)
-        exponentials = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "exp"]
-        assert len(exponentials) == maps, length
+@pytest.mark.parametrize(("lanes", "maps"), [(11, 1), (128, 1), (8, 3), (10, 3)])
+def test_as_many_heads_attend_at_a_time_as_fill_the_lanes_where_tokens_exceed_them(lanes, maps):
+    x, kernels, biases, _ = inputs(11)  # heads have a width of 8
+    form = dataclasses.replace(SINGLE_PRECISION["tpu"], lanes=lanes)
+    jaxpr = jax.make_jaxpr(branch(form))(x, kernels, biases, None)
+    shapes = [
+        v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars if eqn.primitive.name == "exp"
+    ]
+    assert shapes == [(BATCH, HEADS // maps, 11, 11)] * maps
+
+
+def test_heads_that_do_not_divide_into_groups_leave_a_smaller_one():
+    x, kernels, biases, _ = inputs(17)
+    form = dataclasses.replace(SINGLE_PRECISION["tpu"], lanes=16)
+    jaxpr = jax.make_jaxpr(branch(form))(x, kernels, biases, None)
+    shapes = [
+        v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars if eqn.primitive.name == "exp"
+    ]
+    assert shapes == [(BATCH, 2, 17, 17), (BATCH, 1, 17, 17)]
+    expected, _ = branch(EXACT)(x, kernels, biases, None)
+    got, _ = branch(form)(x, kernels, biases, None)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((12, 8), (4, 4)), ((6, 12), (3, 6))])
+def test_a_convolution_of_patches_is_their_linear_layer(size, patch):
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(BATCH, *size, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3 * patch[0] * patch[1], WIDTH)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=WIDTH), jnp.float32)
+    got = embed_patches(images, kernel, bias, patch, SINGLE_PRECISION["tpu"])
+    expected = embed_patches(images, kernel, bias, patch)
+    assert got.shape == (BATCH, size[0] // patch[0] * (size[1] // patch[1]), WIDTH)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_one_hot_product_picks_exactly_what_a_gather_does(fused):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(BATCH, 9, WIDTH)), jnp.bfloat16)
+    index = jnp.asarray([rng.permutation(9)[:5] for _ in range(BATCH)])
+    shares = jnp.asarray(rng.random((BATCH, 9)), jnp.float32) if fused else None
+    form = HALF_PRECISION["tpu"]
+    got, expected = pick(x, index, shares, form), pick(x, index, shares)
+    assert got.shape == (BATCH, 5 + fused, WIDTH)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got[:, :5], expected[:, :5])
+    if fused:  # the shares are rounded to bfloat16, of which 9 values of size 1 are summed
+        a, b = (np.asarray(some[:, 5], np.float32) for some in (got, expected))
+        np.testing.assert_allclose(a, b, atol=0.03)
+
+    def loss(form):
+        return lambda x: jnp.sum(jnp.sin(pick(x, index, shares, form).astype(jnp.float32)))
+
+    a, b = (np.asarray(jax.grad(loss(f))(x), np.float32) for f in (form, EXACT))
+    np.testing.assert_allclose(a, b, atol=0.03)  # gradients are bfloat16, too
 
 
 def test_the_gelu_by_tanh_differs_by_less_than_half_precision_shows():

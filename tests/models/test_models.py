@@ -128,10 +128,8 @@ def test_a_patch_is_a_rectangle_of_its_image():
         image, kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     expected = convolved.reshape(1, 16, 32) + params["patch_embed"]["bias"][None, None]
-    _, state = model.apply(
-        {"params": params}, image, capture_intermediates=lambda m, _: m.name == "patch_embed"
-    )
-    embedded = state["intermediates"]["patch_embed"]["__call__"][0]
+    tokens = model.apply({"params": params}, image, None, method="embed")
+    embedded = tokens.x[:, 1:] - params["pos_embed"][:, 1:]
     np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -5,7 +5,9 @@ A TPU's compiler is libtpu, a GPU's is in JAX's CUDA plugin; both compile on any
 comes out can be read, not run.
 """
 
+import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -36,16 +38,22 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 runtime_version {{ major: 13 }} device_description_str: "{name}"
 """
 
+
+def hopper(name: str, *, memory: int, bandwidth: int, l2: int) -> Chip:
+    """A GPU with 132 Hopper cores: its memory in bytes, bytes per second and bytes of L2."""
+    described = HOPPER.format(name=name, memory=memory, bandwidth=bandwidth, l2=l2)
+    return Chip("cuda", described, memory)
+
+
 CHIPS = {
     "v5e": Chip("tpu", "v5e:1x1", 16 * GIB),
     "v6e": Chip("tpu", "v6e:1x1", 32 * GIB),
     "v5p": Chip("tpu", "v5p:1x1x1", 95 * GIB),
-    "h200": Chip(
-        "cuda",
-        HOPPER.format(bandwidth=4814 * 10**9, l2=60 * 2**20, memory=141 * 10**9, name="NVIDIA H200"),
-        141 * 10**9,
-    ),
+    "h100": hopper("NVIDIA H100", memory=80 * 10**9, bandwidth=3350 * 10**9, l2=50 * 2**20),
+    "h200": hopper("NVIDIA H200", memory=141 * 10**9, bandwidth=4814 * 10**9, l2=60 * 2**20),
 }
+# Where the files of an NVIDIA driver are, in a container and under WSL too.
+NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 
 
 def chip_of(name: str) -> Chip:
@@ -60,6 +68,8 @@ def chip_of(name: str) -> Chip:
 def absent_devices(name: str) -> list[jax.Device]:
     """Devices to compile for: one for "v5e" or "h200", all of a slice for "v5e:4x4".
 
+    Call it before anything else of JAX: what its plugins are told is told before they start.
+
     Raises:
       InputError: an unknown chip or slice, or its compiler is not installed.
     """
@@ -67,22 +77,74 @@ def absent_devices(name: str) -> list[jax.Device]:
     sliced = ":" in name
     if chip.platform == "cuda" and sliced:
         raise InputError(f"{name}: only TPUs come in slices; the chip is {name.partition(':')[0]}")
-    try:
-        if chip.platform == "tpu":
-            find_libtpu()
+    allow_bare_cuda()  # for a TPU too: a later chip may be a GPU
+    find = find_libtpu if chip.platform == "tpu" else find_cuda
+    find(name)
+    if chip.platform == "cuda":
+        try:
             return topologies.get_topology_desc(
-                platform="tpu", topology_name=name if sliced else chip.topology
+                name, "cuda", target_config=chip.topology, topology="1x1x1"
             ).devices
+        except NotImplementedError:  # the plugin is installed, but JAX could not start it
+            raise InputError(
+                f"{name}: JAX did not start its CUDA plugin; install the CUDA libraries "
+                '(pip install "evit_jax[cuda]"), or do without them with JAX_PLATFORMS=cpu in the '
+                "environment"
+            ) from None
+    try:
         return topologies.get_topology_desc(
-            "absent", "cuda", target_config=chip.topology, topology="1x1x1"
+            platform="tpu", topology_name=name if sliced else chip.topology
         ).devices
-    except ModuleNotFoundError as error:
-        raise InputError(str(error)) from None  # replaced by the tools branch
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise InputError(
+            f"{name} is no slice that its compiler knows; the smallest is {chip.topology}"
+        ) from None
 
 
-def find_libtpu() -> None:
-    """Tells JAX where libtpu is, and libtpu that it is on no TPU machine."""
-    import libtpu
+def find_libtpu(name: str) -> None:
+    """Has libtpu load without a TPU, in any number of processes at once.
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the network for a while
-    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    Raises:
+      InputError: it is not installed.
+    """
+    if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
+        raise InputError(f'{name} needs the compiler of TPUs: pip install "evit_jax[tpu]"')
+    if jax.default_backend() == "tpu":
+        return  # libtpu is loaded, for a TPU that is there
+    alone = dict(
+        # It locks itself to one process at a time, as a TPU has to be. There is none to share.
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        # Else it asks the cloud's metadata server for these, waits, and complains.
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-1",
+        TPU_WORKER_HOSTNAMES="localhost",
+    )
+    for variable, value in alone.items():
+        os.environ.setdefault(variable, value)
+
+
+def find_cuda(name: str) -> None:
+    """Makes sure that JAX's CUDA plugin is installed.
+
+    Raises:
+      InputError: it is not.
+    """
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else ()
+    if not any(list(Path(folder).glob("xla_cuda*")) for folder in folders):
+        raise InputError(
+            f'{name} needs the compiler of GPUs: pip install "evit_jax[cuda]", or without the CUDA '
+            f"libraries pip install jax-cuda13-plugin=={jax.__version__} "
+            f"jax-cuda13-pjrt=={jax.__version__}"
+        )
+
+
+def allow_bare_cuda() -> None:
+    """Has JAX take its CUDA plugin without the CUDA libraries, which only running needs.
+
+    Otherwise it looks for cuDNN first, and prints a traceback. Where there is a GPU it shall look.
+    """
+    if not any(Path(path).exists() for path in NVIDIA_DEVICES):
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

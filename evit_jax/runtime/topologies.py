@@ -5,6 +5,7 @@ A TPU's compiler is libtpu, a GPU's is in JAX's CUDA plugin; both compile on any
 comes out can be read, not run.
 """
 
+import glob
 import importlib.util
 import os
 from pathlib import Path
@@ -52,8 +53,12 @@ CHIPS = {
     "h100": hopper("NVIDIA H100", memory=80 * 10**9, bandwidth=3350 * 10**9, l2=50 * 2**20),
     "h200": hopper("NVIDIA H200", memory=141 * 10**9, bandwidth=4814 * 10**9, l2=60 * 2**20),
 }
-# Where the files of an NVIDIA driver are, in a container and under WSL too.
-NVIDIA_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+# Files that are there where a chip is: of NVIDIA's driver, in a container and under WSL too, and of
+# the kernel's drivers for TPUs.
+DEVICE_FILES = dict(
+    cuda=("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"),
+    tpu=("/dev/accel*", "/dev/vfio/[0-9]*"),
+)
 
 
 def chip_of(name: str) -> Chip:
@@ -77,9 +82,8 @@ def absent_devices(name: str) -> list[jax.Device]:
     sliced = ":" in name
     if chip.platform == "cuda" and sliced:
         raise InputError(f"{name}: only TPUs come in slices; the chip is {name.partition(':')[0]}")
-    allow_bare_cuda()  # for a TPU too: a later chip may be a GPU
-    find = find_libtpu if chip.platform == "tpu" else find_cuda
-    find(name)
+    free_compilers()
+    check_installed(name, chip.platform)
     if chip.platform == "cuda":
         try:
             return topologies.get_topology_desc(
@@ -103,37 +107,15 @@ def absent_devices(name: str) -> list[jax.Device]:
         ) from None
 
 
-def find_libtpu(name: str) -> None:
-    """Has libtpu load without a TPU, in any number of processes at once.
-
-    Raises:
-      InputError: it is not installed.
-    """
-    if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
-        raise InputError(f'{name} needs the compiler of TPUs: pip install "evit_jax[tpu]"')
-    if jax.default_backend() == "tpu":
-        return  # libtpu is loaded, for a TPU that is there
-    alone = dict(
-        # It locks itself to one process at a time, as a TPU has to be. There is none to share.
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        # Else it asks the cloud's metadata server for these, waits, and complains.
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-1",
-        TPU_WORKER_HOSTNAMES="localhost",
-    )
-    for variable, value in alone.items():
-        os.environ.setdefault(variable, value)
-
-
-def find_cuda(name: str) -> None:
-    """Makes sure that JAX's CUDA plugin is installed.
-
-    Raises:
-      InputError: it is not.
-    """
+def check_installed(name: str, platform: str) -> None:
+    """Raises InputError unless the chip's compiler is installed."""
+    if platform == "tpu":
+        if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
+            raise InputError(f'{name} needs the compiler of TPUs: pip install "evit_jax[tpu]"')
+        return
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations if plugins else ()
-    if not any(list(Path(folder).glob("xla_cuda*")) for folder in folders):
+    if not any(any(Path(folder).glob("xla_cuda*")) for folder in folders):
         raise InputError(
             f'{name} needs the compiler of GPUs: pip install "evit_jax[cuda]", or without the CUDA '
             f"libraries pip install jax-cuda13-plugin=={jax.__version__} "
@@ -141,10 +123,23 @@ def find_cuda(name: str) -> None:
         )
 
 
-def allow_bare_cuda() -> None:
-    """Has JAX take its CUDA plugin without the CUDA libraries, which only running needs.
+def free_compilers() -> None:
+    """Has the compilers load where their chips are not, without complaints.
 
-    Otherwise it looks for cuDNN first, and prints a traceback. Where there is a GPU it shall look.
+    Where there is a chip, its compiler is left as it is.
     """
-    if not any(Path(path).exists() for path in NVIDIA_DEVICES):
+    if not present("cuda"):
+        # Else JAX takes its CUDA plugin only with the CUDA libraries, which only running needs.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if not present("tpu"):
+        # Else libtpu, like a TPU, belongs to one process at a time,
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # and asks the cloud's metadata server for these, waits, and complains.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def present(platform: str) -> bool:
+    """Whether this machine seems to have such a chip."""
+    return any(glob.glob(pattern) for pattern in DEVICE_FILES[platform])

@@ -9,6 +9,7 @@ and no times.
 import dataclasses
 import functools
 import re
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +52,22 @@ class Estimate:
 
     def figures(self, dense: "Estimate", *, operations: int = 0) -> dict[str, object]:
         """For JSON, with so many of the most expensive operations."""
-        kernels = "pallas_kernels" if self.unit == "cycles" else "kernels"
         figures = {
-            "by": "estimated by the compiler",
+            "source": "estimated by the compiler",
             self.unit: self.cost,
             "speedup": self.speedup_over(dense),
-            kernels: self.kernels,
-            "unestimated": self.unestimated,
-            "loops": self.loops,
-            "argument_bytes": self.argument_bytes,
-            "temporary_bytes": self.temporary_bytes,
-            "needed_bytes": self.needed_bytes,
-            "fits": self.fits,
         }
+        if self.unit == "cycles":
+            figures |= dict(pallas_kernels=self.kernels, unestimated=self.unestimated)
+        else:
+            figures |= dict(kernels=self.kernels)
+        figures |= dict(
+            loops=self.loops,
+            argument_bytes=self.argument_bytes,
+            temporary_bytes=self.temporary_bytes,
+            needed_bytes=self.needed_bytes,
+            fits=self.fits,
+        )
         if operations:
             first = list(self.operations.items())[:operations]
             figures["operations"] = [{"name": name, self.unit: cost} for name, cost in first]
@@ -87,7 +91,17 @@ class Target:
 
     @property
     def unit(self) -> str:
+        """Of its costs."""
         return UNITS[self.chip.platform]
+
+    @property
+    def compiler(self) -> str:
+        """What compiles for it, with its version."""
+        package = dict(tpu="libtpu", cuda="jaxlib")[self.chip.platform]
+        try:
+            return f"{package} {metadata.version(package)}"
+        except metadata.PackageNotFoundError:  # a library named by TPU_LIBRARY_PATH
+            return package
 
     def logits(self, model, batch_size: int) -> Estimate:
         """The benchmark's inference: logits, with weights in the model's dtype."""

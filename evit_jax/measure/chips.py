@@ -26,6 +26,7 @@ from evit_jax.training import steps
 
 # Matrix products by cuBLAS: XLA's own kernels for them are chosen by timing them on the GPU.
 CUDA_OPTIONS = dict(xla_gpu_enable_triton_gemm=False)
+IN_BLOCK = re.compile(r"\bblocks\b")  # labels of what `models.backbone` calls blocks_0 and so on
 UNITS = dict(tpu="cycles", cuda="bytes")
 
 
@@ -107,6 +108,28 @@ class Target:
         """The benchmark's inference: logits, with weights in the model's dtype."""
         params, images = logit_shapes(model, batch_size)
         return self.estimate(functools.partial(compile_logits, model, params, images))
+
+    def block_cost(self, model, tokens: int, batch_size: int) -> float:
+        """Cost of one block that so many tokens enter, prefix included, and that all leave.
+
+        The program is a model of one block on images of a single row of patches: of `patches` there
+        can be any number there. Its stem is left out. Infinite where it does not fit.
+        """
+        high, wide = model.patch_size
+        size = (high, wide * (tokens - model.prefix))
+        block = model.clone(depth=1, keep=(), image_size=size)
+        params, images = logit_shapes(block, batch_size)
+
+        def compile_one(devices):
+            def after(params, images):
+                return block.apply({"params": params}, images)[1]["blocks"][-1]
+
+            return devices.compile_eval(after).lower(params, images).compile()
+
+        estimate = self.estimate(compile_one)
+        if estimate.cost is None:
+            return float("inf")
+        return sum(cost for name, cost in estimate.operations.items() if IN_BLOCK.search(name))
 
     def training_step(self, model, batch_size: int, card: Preprocessing) -> Estimate:
         """The benchmark's training step: forward, backward, AdamW, weights in float32."""

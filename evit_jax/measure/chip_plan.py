@@ -29,6 +29,7 @@ from evit_jax.plan.flops import block_macs, macs, seen_by
 BAND = 0.95  # of the budget, the fewest multiply-accumulates
 NEAR = 0.12  # how far counts may be from the plain plan's
 TILE = 8  # what counts are multiples of, but for the plain plan's own
+WORTH = 1.001  # a plan that promises less than this over the plain one is not tried
 MOST = 20_000  # plans that are ranked; with many reducing blocks each has fewer counts
 TRIED = 2  # plans that are compiled whole, besides the plain one
 
@@ -95,8 +96,10 @@ def fit_chip(
                 f"the plan for this budget does not fit into a {target.name} at batch size "
                 f"{batch_size}; try a smaller --batch_size"
             )
+        if not near:
+            return dense, rows
         costs = {}
-        for tokens in needed if near else ():
+        for tokens in needed:
             bar.set_postfix_str(f"compiling a block of {tokens} tokens")
             costs[tokens] = target.block_cost(model, tokens, batch_size)
             bar.update()
@@ -152,8 +155,9 @@ def rank(plain, counts: dict[int, list[int]], price: Price, budget: float) -> li
             continue
         work = macs(variant)
         if variant.keep == plain.keep or BAND * budget <= work <= budget:
+            work -= plain.stem_macs + plain.head_macs  # which are not in the prices
             seen[variant.keep] = work / sum(prices(variant, price)), variant
-    least = seen[plain.keep][0]
+    least = WORTH * seen[plain.keep][0]
     promising = [(ratio, variant) for ratio, variant in seen.values() if ratio > least]
     return [variant for _, variant in sorted(promising, key=lambda pair: -pair[0])]
 

@@ -143,6 +143,24 @@ def compile_all(
     return programs
 
 
+def describe(comparison: Comparison, variant: Variant) -> dict:
+    """What a row says of a variant before anything is measured."""
+    each = macs(variant.model)
+    flops = 2 * PASSES[comparison.mode] * logit_macs(variant.model) * comparison.batch_size
+    return dict(
+        model=comparison.spec.label,
+        keep_rate=variant.keep_rate,
+        reducer=variant.reducer,
+        batch_size=comparison.batch_size,
+        dtype=variant.model.dtype.name,
+        mode=comparison.mode,
+        macs=each,
+        macs_ratio=macs(comparison.dense) / each,
+        flops=flops,
+        tokens=variant.model.tokens_per_block,
+    )
+
+
 def rows_of(
     comparison: Comparison,
     programs: dict[str, Program],
@@ -154,33 +172,21 @@ def rows_of(
     for variant in comparison.variants:
         program, seconds = programs[variant.name], queued[variant.name]
         middle = float(np.median(seconds))
-        each = macs(variant.model)
-        flops = 2 * PASSES[comparison.mode] * logit_macs(variant.model) * comparison.batch_size
-        rows.append(
-            dict(
-                model=comparison.spec.label,
-                keep_rate=variant.keep_rate,
-                reducer=variant.reducer,
-                batch_size=comparison.batch_size,
-                dtype=variant.model.dtype.name,
-                mode=comparison.mode,
-                images_per_second=comparison.batch_size / middle,
-                images_per_second_range=[
-                    comparison.batch_size / float(limit) for limit in (seconds.max(), seconds.min())
-                ],
-                **spread("latency_ms", 1000 * awaited[variant.name]),
-                **spread("speedup", queued["dense"] / seconds),
-                macs=each,
-                macs_ratio=macs(comparison.dense) / each,
-                variation=variation(seconds),
-                flops=flops,
-                xla_flops=program.xla_flops,
-                flops_per_second=flops / middle,
-                compile_seconds=program.compile_seconds,
-                peak_memory_bytes=program.peak_memory_bytes,
-                tokens=variant.model.tokens_per_block,
-            )
+        row = describe(comparison, variant)
+        row |= dict(
+            images_per_second=comparison.batch_size / middle,
+            images_per_second_range=[
+                comparison.batch_size / float(limit) for limit in (seconds.max(), seconds.min())
+            ],
+            **spread("latency_ms", 1000 * awaited[variant.name]),
+            **spread("speedup", queued["dense"] / seconds),
+            variation=variation(seconds),
+            xla_flops=program.xla_flops,
+            flops_per_second=row["flops"] / middle,
+            compile_seconds=program.compile_seconds,
+            peak_memory_bytes=program.peak_memory_bytes,
         )
+        rows.append(row)
     return rows
 
 

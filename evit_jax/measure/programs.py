@@ -43,16 +43,21 @@ def without_program_cache() -> Iterator[None]:
 
 def inference(model, params: dict, images: jax.Array, devices: DataParallel) -> Program:
     """The logits, and nothing else, of normalized images (B, H, W, 3) float32."""
-
-    def logits(params, images):
-        return Chunked(model).apply({"params": params}, images)[0]
-
     start = time.perf_counter()
-    program = devices.compile_eval(logits).lower(params, images).compile()
+    program = compile_logits(model, params, images, devices)
     seconds = time.perf_counter() - start
     loops = len(images) // chunk_size(model, len(images))
     figures = account(program, loops=loops)
     return Program(functools.partial(program, params, images), seconds, **figures)
+
+
+def compile_logits(model, params: dict, images: jax.Array, devices: DataParallel):
+    """The compiled program of `inference`; arrays, or shapes and dtypes of arrays."""
+
+    def logits(params, images):
+        return Chunked(model, devices.platform).apply({"params": params}, images)[0]
+
+    return devices.compile_eval(logits).lower(params, images).compile()
 
 
 def cast(params: dict, dtype: jnp.dtype, devices: DataParallel) -> dict:

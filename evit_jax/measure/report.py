@@ -18,6 +18,7 @@ from evit_jax.pictures.plot import Line
 QUIET = 0.1  # largest variation of a quiet machine
 JUDGED = 4  # fewer rounds say nothing about it
 Row = dict[str, object]
+Columns = dict[str, Callable[[Row], str]]
 
 
 def spread(name: str, values: np.ndarray) -> dict[str, float | list[float]]:
@@ -146,7 +147,7 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+COLUMNS: Columns = {
     "model": lambda row: row["model"],
     "mode": lambda row: row["mode"],
     "dtype": lambda row: row["dtype"],
@@ -169,13 +170,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
         "" if row["peak_memory_bytes"] is None else short(row["peak_memory_bytes"] / 2**20)
     ),
 }
-SHARED = ("model", "mode", "dtype", "batch")  # said once where all rows agree
+SHARED = ("chip", "model", "mode", "dtype", "batch")  # said once where all rows agree
 
 
-def cells(rows: list[Row]) -> tuple[str, list[list[str]]]:
+def cells(rows: list[Row], columns: Columns) -> tuple[str, list[list[str]]]:
     """(what all rows share, the table with its heading)."""
-    columns = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
-    shared = [name for name in SHARED if len(set(columns[name])) == 1]
+    columns = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shared = [name for name in SHARED if len(set(columns.get(name, []))) == 1]
     common = ", ".join(f"{name} {columns[name][0]}" for name in shared)
     shown = {name: texts for name, texts in columns.items() if name not in shared and any(texts)}
     return common, [list(shown), *map(list, zip(*shown.values(), strict=True))]
@@ -199,17 +200,22 @@ def summary(figures: dict) -> str:
 
 def text(figures: dict) -> str:
     """For a terminal."""
-    common, table = cells(figures["results"])
+    common, table = cells(figures["results"], COLUMNS)
     return "\n".join([common, tables.table(table), summary(figures)])
 
 
 def markdown(figures: dict, warning: str) -> str:
     """The same as a file."""
-    common, (heading, *rows) = cells(figures["results"])
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (heading, rule, *rows)]
-    parts = [common, "\n".join(lines), summary(figures), warning and f"**{warning}**"]
+    common, table = cells(figures["results"], COLUMNS)
+    parts = [common, markdown_table(table), summary(figures), warning and f"**{warning}**"]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown_table(table: list[list[str]]) -> str:
+    """Rows of cells, the first one the heading."""
+    heading, *rows = table
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, rule, *rows))
 
 
 def lines_of(rows: list[Row]) -> list[Line]:

@@ -7,6 +7,7 @@ Apart from `programs`, since this needs optax and `import evit_jax` shall not wa
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -32,23 +33,13 @@ class Training:
     devices: DataParallel
 
     def __post_init__(self, params: dict):
-        rates = dict(lr=1e-5, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=100, total_steps=100_000)
-        adam = dict(weight_decay=0.05, clip_norm=0.0, b1=0.9, b2=0.999)
-        optimizer, _ = optim.create(**rates, **adam)
-        self.recipe = steps.Recipe(self.preprocessing, optimizer, Mix(), label_smoothing=0.1)
-
-        def init(params):
-            return steps.init_state(params, optimizer, ema=False)
-
-        self.state = self.devices.init(init, params)
+        self.recipe = benchmark_recipe(self.preprocessing)
+        self.state = self.devices.init(functools.partial(first_state, self.recipe), params)
 
     def program(self, model) -> Program:
         """The step of one model."""
-        count = steps.micro_batches(model, self.batch["label"].shape[0])
-        recipe = dataclasses.replace(self.recipe, accumulate=count)
-        step = functools.partial(steps.train_step, models=(model,), recipe=recipe)
         start = time.perf_counter()
-        program = self.devices.compile_train(step, self.state, self.batch, {})
+        program, count = compile_step(model, self.recipe, self.state, self.batch, self.devices)
         seconds = time.perf_counter() - start
 
         def call():
@@ -56,6 +47,33 @@ class Training:
             return figures  # of the same execution as the state, which the next call gives up
 
         return Program(call, seconds, **account(program, loops=count))
+
+
+def benchmark_recipe(preprocessing: Preprocessing) -> steps.Recipe:
+    """That of the step, with settings that take the time that a run's would."""
+    rates = dict(lr=1e-5, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=100, total_steps=100_000)
+    adam = dict(weight_decay=0.05, clip_norm=0.0, b1=0.9, b2=0.999)
+    optimizer, _ = optim.create(**rates, **adam)
+    return steps.Recipe(preprocessing, optimizer, Mix(), label_smoothing=0.1)
+
+
+def first_state(recipe: steps.Recipe, params: dict) -> dict:
+    """The state before the first step."""
+    return steps.init_state(params, recipe.optimizer, ema=False)
+
+
+def compile_step(
+    model, recipe: steps.Recipe, state: dict, batch: dict, devices: DataParallel
+) -> tuple[Callable, int]:
+    """(the compiled step of a model, its number of micro-batches).
+
+    Args:
+      state, batch: arrays, or shapes and dtypes of arrays.
+    """
+    count = steps.micro_batches(model, batch["label"].shape[0], platform=devices.platform)
+    recipe = dataclasses.replace(recipe, accumulate=count)
+    step = functools.partial(steps.train_step, models=(model,), recipe=recipe)
+    return devices.compile_train(step, state, batch, {}), count
 
 
 def synthetic_batch(

@@ -24,12 +24,18 @@ CPU_CACHE = 10_000_000  # bytes of activations that a CPU works on fast; found b
 class DataParallel:
     """Places batches and states on a mesh and compiles steps for it."""
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None, *, shard_params: bool = False):
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        shard_params: bool = False,
+        compiler_options: dict[str, object] | None = None,
+    ):
         """Uses all devices of all processes unless told which.
 
         `shard_params` keeps only a part of every large array of the state on each device (fully
         sharded data parallelism): for models that do not fit otherwise, at the cost of gathering
-        them for every use.
+        them for every use. `compiler_options` are XLA's, by name.
         """
         # In the order of processes, whatever the topology: so a host's rows of a batch are
         # contiguous, and an image's place, on which its draws depend, is the same on any number.
@@ -39,6 +45,12 @@ class DataParallel:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
         self.shard_params = shard_params
+        self.compiler_options = compiler_options
+
+    @property
+    def platform(self) -> str:
+        """Of its devices, "cpu", "gpu" or "tpu": what a program compiled here is for."""
+        return self.mesh.devices.flat[0].platform
 
     def check_batch_size(
         self, name: str, batch_size: int, *, accumulate: int = 1, pairs: bool = False
@@ -104,12 +116,15 @@ class DataParallel:
             in_shardings=(states, self.split, self.shardings(frozen)),
             out_shardings=(states, self.replicated),
             donate_argnums=0,
+            compiler_options=self.compiler_options,
         ).lower(*shapes_of((state, batch, frozen)))
         return self.one_at_a_time(lowered.compile())
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> result on every device."""
-        return self.one_at_a_time(jax.jit(step, out_shardings=self.replicated))
+        return self.one_at_a_time(
+            jax.jit(step, out_shardings=self.replicated, compiler_options=self.compiler_options)
+        )
 
     def one_at_a_time(self, program: Callable) -> Callable:
         """The program itself, but on virtual CPU devices with its result awaited.
@@ -117,7 +132,7 @@ class DataParallel:
         Two programs in flight there can each hold the threads that the other's sums over devices
         wait for; XLA then aborts the process after a minute.
         """
-        if self.mesh.size == 1 or self.mesh.devices.flat[0].platform != "cpu":
+        if self.mesh.size == 1 or self.platform != "cpu":
             return program
         return with_result(program, jax.block_until_ready)
 
@@ -163,7 +178,7 @@ class PmapParallel(DataParallel):
         return self.one_at_a_time(program)
 
 
-def chunk_size(model, batch_size: int, *, train: bool = False) -> int:
+def chunk_size(model, batch_size: int, *, train: bool = False, platform: str | None = None) -> int:
     """How many images to work on at a time.
 
     All of them, but on a single CPU device a divisor of the batch size whose widest activations
@@ -171,8 +186,9 @@ def chunk_size(model, batch_size: int, *, train: bool = False) -> int:
 
     Args:
       model: with `prefix`, `patches` and `hidden`.
+      platform: of the device that the program is for; default this process's.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() != 1:
+    if (platform or jax.default_backend()) != "cpu" or jax.device_count() != 1:
         return batch_size
     unit = 1 + train
     most = max(unit, CPU_CACHE // (4 * (model.prefix + model.patches) * model.hidden * unit))
@@ -185,14 +201,15 @@ class Chunked:
     """A model for inference that takes a batch in chunks of `chunk_size`, one after the other.
 
     On anything but a single CPU device that is the whole batch, and nothing changes. It is for
-    programs that run here; a model that leaves, by export, has no chunks.
+    programs that run here, or on `platform`; a model that leaves, by export, has no chunks.
     """
 
     model: object
+    platform: str | None = None  # as for `chunk_size`
 
     def apply(self, variables: dict, images: jax.Array):
         """As `model.apply`, whose results have a leading axis of images."""
-        size = chunk_size(self.model, images.shape[0])
+        size = chunk_size(self.model, images.shape[0], platform=self.platform)
         if size == images.shape[0]:
             return self.model.apply(variables, images)
         chunks = images.reshape(-1, size, *images.shape[1:])

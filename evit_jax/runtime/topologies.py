@@ -5,7 +5,10 @@ A TPU's compiler is libtpu, a GPU's is in JAX's CUDA plugin; both compile on any
 comes out can be read, not run.
 """
 
+import glob
+import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -36,18 +39,26 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 runtime_version {{ major: 13 }} device_description_str: "{name}"
 """
 
+
+def hopper(name: str, *, memory: int, bandwidth: int, l2: int) -> Chip:
+    """A GPU with 132 Hopper cores: its memory in bytes, bytes per second and bytes of L2."""
+    described = HOPPER.format(name=name, memory=memory, bandwidth=bandwidth, l2=l2)
+    return Chip("cuda", described, memory)
+
+
 CHIPS = {
     "v5e": Chip("tpu", "v5e:1x1", 16 * GIB),
     "v6e": Chip("tpu", "v6e:1x1", 32 * GIB),
     "v5p": Chip("tpu", "v5p:1x1x1", 95 * GIB),
-    "h200": Chip(
-        "cuda",
-        HOPPER.format(
-            bandwidth=4814 * 10**9, l2=60 * 2**20, memory=141 * 10**9, name="NVIDIA H200"
-        ),
-        141 * 10**9,
-    ),
+    "h100": hopper("NVIDIA H100", memory=80 * 10**9, bandwidth=3350 * 10**9, l2=50 * 2**20),
+    "h200": hopper("NVIDIA H200", memory=141 * 10**9, bandwidth=4814 * 10**9, l2=60 * 2**20),
 }
+# Files that are there where a chip is: of NVIDIA's driver, in a container and under WSL too, and of
+# the kernel's drivers for TPUs.
+DEVICE_FILES = dict(
+    cuda=("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"),
+    tpu=("/dev/accel*", "/dev/vfio/[0-9]*"),
+)
 
 
 def chip_of(name: str) -> Chip:
@@ -62,29 +73,75 @@ def chip_of(name: str) -> Chip:
 def absent_devices(name: str) -> list[jax.Device]:
     """Devices to compile for: one for "v5e" or "h200", all of a slice for "v5e:4x4".
 
+    Call it before anything else of JAX: what its plugins are told is told before they start.
+
     Raises:
       InputError: an unknown chip or slice, or its compiler is not installed.
     """
     chip = chip_of(name)
-    sliced = ":" in name
+    kind, sliced, _ = name.partition(":")
     if chip.platform == "cuda" and sliced:
-        raise InputError(f"{name}: only TPUs come in slices; the chip is {name.partition(':')[0]}")
-    try:
-        if chip.platform == "tpu":
-            find_libtpu()
+        raise InputError(f"{name}: only TPUs come in slices; the chip is {kind}")
+    free_compilers()
+    check_installed(name, chip.platform)
+    if chip.platform == "cuda":
+        try:
             return topologies.get_topology_desc(
-                platform="tpu", topology_name=name if sliced else chip.topology
+                name, "cuda", target_config=chip.topology, topology="1x1x1"
             ).devices
+        except NotImplementedError:  # the plugin is installed, but JAX could not start it
+            raise InputError(
+                f"{name}: JAX did not start its CUDA plugin; install the CUDA libraries "
+                '(pip install "evit_jax[cuda]"), or do without them with JAX_PLATFORMS=cpu in the '
+                "environment"
+            ) from None
+    # A host has four chips unless told otherwise; libtpu of jax 0.10 then knows no slice of one.
+    bounds = {} if sliced else dict(chips_per_host_bounds=(1, 1, 1))
+    try:
         return topologies.get_topology_desc(
-            "absent", "cuda", target_config=chip.topology, topology="1x1x1"
+            platform="tpu", topology_name=name if sliced else chip.topology, **bounds
         ).devices
-    except ModuleNotFoundError as error:
-        raise InputError(str(error)) from None  # replaced by the tools branch
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise InputError(
+            f"{name} is no slice that its compiler knows; {kind} alone is one chip"
+        ) from None
 
 
-def find_libtpu() -> None:
-    """Tells JAX where libtpu is, and libtpu that it is on no TPU machine."""
-    import libtpu
+def check_installed(name: str, platform: str) -> None:
+    """Raises InputError unless the chip's compiler is installed."""
+    if platform == "tpu":
+        if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
+            raise InputError(f'{name} needs the compiler of TPUs: pip install "evit_jax[tpu]"')
+        return
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else ()
+    if not any(any(Path(folder).glob("xla_cuda*")) for folder in folders):
+        raise InputError(
+            f'{name} needs the compiler of GPUs: pip install "evit_jax[cuda]", or without the CUDA '
+            f"libraries pip install jax-cuda13-plugin=={jax.__version__} "
+            f"jax-cuda13-pjrt=={jax.__version__}"
+        )
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the network for a while
-    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+
+def free_compilers() -> None:
+    """Has the compilers load where their chips are not, without complaints.
+
+    Where there is a chip, its compiler is left as it is.
+    """
+    if not present("cuda"):
+        # Else JAX takes its CUDA plugin only with the CUDA libraries, which only running needs.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if not present("tpu"):
+        # Else libtpu, like a TPU, belongs to one process at a time,
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        # and asks the cloud's metadata server for these, waits, and complains.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def present(platform: str) -> bool:
+    """Whether this machine seems to have such a chip."""
+    return any(glob.glob(pattern) for pattern in DEVICE_FILES[platform])

@@ -4,6 +4,8 @@
 python -m evit_jax.tools.benchmark --model=NAME --keep_rates=1,0.7,0.5 --batch_sizes=1,8 \\
     [--reducers=evit,evit:fuse=False,tome:r=13] [--dtypes=float32,bfloat16] \\
     [--mode=inference,training] [--accuracies=FILE.json --plot=FILE.png] [--out=FILE.md]
+python -m evit_jax.tools.benchmark --model=NAME --batch_sizes=128 --dtypes=bfloat16 \\
+    --chips=v5e,v6e,v5p,h100,h200 [--rounds=0] [--operations=10]
 
 NAME is a model's, several with commas between them, or a backbone with its sizes such as
 vit:width=192,depth=6,num_heads=3,image_size=64,patch_size=8; --workdir=DIR is the model of a
@@ -32,6 +34,19 @@ normalized images that are on the device, keeps the weights in the dtype of the 
 and heads still compute in float32) and returns logits. Training is the step of train.py: uint8
 images, label smoothing, AdamW, weights in float32.
 
+--chips compiles the same programs for chips that need not be here, with the chips' own compilers
+(pip install "evit_jax[tpu]" or "evit_jax[cuda]"); --rounds=0 does nothing else. Each row then has
+`chips`, a dict for each chip, all of it estimated by the compiler for a whole batch on one chip:
+  cycles             of a TPU, as its compiler schedules by; without `unestimated` operations
+                     (sorts, gathers, scatters) and `pallas_kernels`, which have no estimate
+  bytes, kernels     of a GPU: what its kernels read and write, as if no cache kept any of it from
+                     one to the next, and how many there are
+  speedup            the dense model's cycles or bytes over the variant's
+  loops              counted once, since the program does not say how often they go round
+  temporary_bytes, argument_bytes, needed_bytes (with results), fits     into the chip's memory
+  operations         the --operations most expensive ones, blocks added up
+What a TPU's program that does not fit would cost is null.
+
 The last line of standard output is a JSON object; `results` has an object per variant. `noisy` says
 that the same program, the dense model or the matrix product, took too different times to trust the
 rest: the middle half of its rounds spreads over more than 10 % of their median.
@@ -47,10 +62,13 @@ from pathlib import Path
 
 from evit_jax import cli
 from evit_jax.errors import InputError, check_names
+from evit_jax.measure import chip_report
 from evit_jax.measure import report as tables
-from evit_jax.measure.comparison import PASSES, comparisons_of, measure
+from evit_jax.measure.chips import Target
+from evit_jax.measure.comparison import PASSES, Comparison, comparisons_of, describe, measure
 from evit_jax.models import check_dtype
 from evit_jax.pictures.plot import plot
+from evit_jax.runtime.topologies import CHIPS
 from evit_jax.spec import numbers, split_specs
 from evit_jax.storage import write_whole
 from evit_jax.training.trained import ModelSpec, open_spec
@@ -66,7 +84,9 @@ def parse() -> argparse.Namespace:
     add("--batch_sizes", default="1,8", help="images in a call")
     add("--dtypes", default="", help="of the computation, such as float32,bfloat16")
     add("--mode", default="inference", help="inference, training or both")
-    add("--rounds", type=int, default=10, help="in which each variant has a turn")
+    add("--chips", default="", help=f"to estimate costs on, of {','.join(CHIPS)}")
+    add("--operations", type=int, default=0, metavar="N", help="listed for each program and chip")
+    add("--rounds", type=int, default=10, help="in which each variant has a turn; 0: only --chips")
     add("--seconds", type=float, default=0.5, help="of a turn, about; a call at least")
     add("--accuracies", default="", help="files with evaluate's output, with commas between them")
     add("--plot", metavar="FILE.png", help="accuracy against images per second in inference")
@@ -75,14 +95,20 @@ def parse() -> argparse.Namespace:
     flags = parser.parse_args()
     if min(numbers(flags.batch_sizes, int), default=0) < 1:
         raise InputError(f"--batch_sizes must be 1 or more each, got {flags.batch_sizes!r}")
-    if flags.rounds < 1 or not 0 < flags.seconds < float("inf"):
-        raise InputError("--rounds must be 1 or more and --seconds more than 0")
+    if flags.rounds < (not flags.chips) or not 0 < flags.seconds < float("inf"):
+        raise InputError(
+            "--rounds must be 1 or more (0 with --chips, which then measures nothing) and "
+            "--seconds more than 0"
+        )
+    if flags.operations < 0 or (flags.operations and not flags.chips):
+        raise InputError("--operations=N needs --chips and must be 0 or more")
     for name, suffix in (("plot", ".png"), ("out", ".md"), ("json", ".json")):
         path = getattr(flags, name)
         if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
             raise InputError(f"--{name} must be a {suffix} file in a folder that exists: {path}")
-    if flags.plot and (not flags.accuracies or "inference" not in words(flags.mode)):
-        raise InputError("--plot needs --accuracies=FILE.json and --mode=inference")
+    timed = "inference" in words(flags.mode) and flags.rounds
+    if flags.plot and not (flags.accuracies and timed):
+        raise InputError("--plot needs --accuracies=FILE.json, --mode=inference and --rounds")
     return flags
 
 
@@ -99,8 +125,37 @@ def open_specs(flags: argparse.Namespace) -> list[ModelSpec]:
     return [open_spec(argparse.Namespace(**vars(flags) | dict(model=name))) for name in names]
 
 
+def measured(flags: argparse.Namespace, comparisons: list[Comparison]) -> tuple[dict, str]:
+    """(what the JSON object has, its rows under `results`; a warning or "")."""
+    asked = dict(rounds=flags.rounds, seconds=flags.seconds)
+    if not flags.rounds:
+        rows = [describe(one, variant) for one in comparisons for variant in one.variants]
+        return tables.machine() | asked | dict(results=rows), ""
+    rows, peaks = measure(comparisons, rounds=flags.rounds, seconds=flags.seconds)
+    if not rows:
+        raise InputError("no batch fits into the device's memory; try smaller --batch_sizes")
+    for row in rows:
+        row["peak_share"] = row["flops_per_second"] / float(peaks[row["dtype"]].max())
+    noise, warning = tables.judge(
+        dict(
+            dense_model=[row["variation"] for row in rows if row["reducer"] == "dense"],
+            matrix_product=[
+                tables.variation(1 / turn) for turns in peaks.values() for turn in turns
+            ],
+        )
+    )
+    figures = asked | dict(
+        peak_flops_per_second={dtype: float(speeds.max()) for dtype, speeds in peaks.items()},
+        noise=noise,
+        noisy=tables.noisy(noise),
+        results=rows,
+    )
+    return tables.machine() | figures, warning
+
+
 def main() -> None:
     flags = parse()
+    targets = {name: Target(name) for name in words(flags.chips)}  # before JAX starts
     specs = open_specs(flags)
     modes = words(flags.mode)
     check_names("mode", modes or [flags.mode], PASSES)
@@ -118,43 +173,31 @@ def main() -> None:
         layers=numbers(flags.layers or "", int) or None,
         multiple_of=specs[0].multiple_of,
     )
-    timed = {
+    compared = {
         (comparison.spec.label, variant.reducer, variant.keep_rate)
         for comparison in comparisons
         for variant in comparison.variants
     }
-    if flags.accuracies and not any(key[1] != "dense" for key in timed & top1.keys()):
+    if flags.accuracies and not any(key[1] != "dense" for key in compared & top1.keys()):
         raise InputError(f"--accuracies={flags.accuracies} has none of the variants to be timed")
 
-    rows, peaks = measure(comparisons, rounds=flags.rounds, seconds=flags.seconds)
-    if not rows:
-        raise InputError("no batch fits into the device's memory; try smaller --batch_sizes")
+    figures, warning = measured(flags, comparisons)
+    rows = figures["results"]
     for row in rows:
-        row["peak_share"] = row["flops_per_second"] / float(peaks[row["dtype"]].max())
         row["top1"] = top1.get((row["model"], row["reducer"], row["keep_rate"]))
-    noise, warning = tables.judge(
-        dict(
-            dense_model=[row["variation"] for row in rows if row["reducer"] == "dense"],
-            matrix_product=[
-                tables.variation(1 / turn) for turns in peaks.values() for turn in turns
-            ],
-        )
-    )
-    figures = tables.machine() | dict(
-        rounds=flags.rounds,
-        seconds=flags.seconds,
-        peak_flops_per_second={dtype: float(speeds.max()) for dtype, speeds in peaks.items()},
-        noise=noise,
-        noisy=tables.noisy(noise),
-        results=rows,
-    )
+    if targets:
+        chip_report.add_estimates(rows, comparisons, targets, operations=flags.operations)
+        figures["compilers"] = {name: target.compiler for name, target in targets.items()}
 
-    print(tables.text(figures), file=sys.stderr)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    texts = [tables.text(figures)] if flags.rounds else []
+    texts += [f"warning: {warning}"] if warning else []
+    texts += [chip_report.text(rows)] if targets else []
+    print(*texts, sep="\n", file=sys.stderr)
     print(json.dumps(figures))  # before files, which can fail
     if flags.out:
-        write_whole(Path(flags.out), tables.markdown(figures, warning))
+        pages = [tables.markdown(figures, warning)] if flags.rounds else []
+        pages += [chip_report.markdown(rows)] if targets else []
+        write_whole(Path(flags.out), "\n".join(pages))
     if flags.json:
         write_whole(Path(flags.json), json.dumps(figures) + "\n")
     if flags.plot:

@@ -57,9 +57,9 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bo
     return state | dict(ema=jax.tree.map(jnp.copy, params)) if ema else state
 
 
-def micro_batches(model, batch_size: int) -> int:
+def micro_batches(model, batch_size: int, *, platform: str | None = None) -> int:
     """The number of micro-batches chosen for the device: 1, but see `parallel.chunk_size`."""
-    return batch_size // chunk_size(model, batch_size, train=True)
+    return batch_size // chunk_size(model, batch_size, train=True, platform=platform)
 
 
 def batch_shapes(

@@ -39,6 +39,20 @@ def test_other_devices_work_on_whole_batches(monkeypatch):
     assert (chunk_size(model, 32), steps.micro_batches(model, 32)) == (32, 1)
 
 
+def test_a_program_for_another_chip_takes_its_batch_whole(one_cpu_device, monkeypatch):
+    model = build_model("deit_small_patch16_224")
+    assert (chunk_size(model, 32), chunk_size(model, 32, platform="tpu")) == (8, 32)
+    assert steps.micro_batches(model, 32, platform="gpu") == 1
+    monkeypatch.setattr(parallel, "CPU_CACHE", 1)
+    small, params = tiny(keep_rate=0.5)
+
+    def loops(platform):
+        program = jax.jit(Chunked(small, platform).apply)
+        return "while" in program.lower({"params": params}, IMAGES).as_text()
+
+    assert (loops(None), loops("cpu"), loops("tpu")) == (True, True, False)
+
+
 def test_chunks_give_what_the_whole_batch_gives(one_cpu_device, monkeypatch):
     model, params = tiny(keep_rate=0.5, distilled=True)
     whole = jax.jit(model.apply)({"params": params}, IMAGES)

@@ -14,11 +14,14 @@ from PIL import Image
 
 from evit_jax.errors import InputError
 from evit_jax.measure import comparison, programs, training_steps
+from evit_jax.measure.chips import param_shapes
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.plan.flops import logit_macs, macs
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.tools import benchmark
 from evit_jax.training.trained import ModelSpec, spec_of_name, spec_of_run
+from tests.measure.test_chip_report import Chip
+from tests.support.compilers import needs_cuda_compiler
 from tests.support.trained_run import make_run
 from tests.tools.test_evaluate import tool
 
@@ -227,6 +230,48 @@ def run(monkeypatch, capsys):
     return call
 
 
+def test_chips_are_estimated_beside_what_is_measured_or_alone(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "Target", lambda name: chips[name])
+    chips = dict(v5e=Chip("cycles"), h200=Chip("bytes"))
+    for chip in chips.values():
+        chip.compiler = f"compiler of {chip.unit}"
+    flags = f"--model={TINY}", "--keep_rates=0.5", "--chips=v5e,h200", f"--out={tmp_path / 'x.md'}"
+    both = run(*flags)
+    assert both["compilers"]["h200"] == "compiler of bytes"
+    assert [row["chips"]["v5e"]["cycles"] for row in both["results"]] == [1700, 1000]
+    assert all(row["images_per_second"] > 0 for row in both["results"])
+    assert (tmp_path / "x.md").read_text().count("| evit |") == 3
+
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: pytest.fail("measured"))
+    alone = run(*flags, "--rounds=0", "--operations=1")
+    assert alone["rounds"] == 0
+    assert [row["chips"]["h200"]["speedup"] for row in alone["results"]] == [1, 1.7]
+    assert alone["results"][1]["macs_ratio"] == both["results"][1]["macs_ratio"]
+    assert alone["results"][1]["chips"]["h200"]["operations"] == [dict(name="product", bytes=750)]
+    assert "images_per_second" not in alone["results"][0]
+    assert "images/s" not in (tmp_path / "x.md").read_text()
+
+
+@needs_cuda_compiler
+def test_a_gpu_that_is_not_here_is_estimated_by_its_compiler():
+    two = TINY.replace("depth=1", "depth=2")  # reducing in the last block costs nothing
+    code, figures, err = tool(
+        "benchmark", f"--model={two}", "--keep_rates=0.5", "--batch_sizes=4", "--rounds=0",
+        "--dtypes=bfloat16", "--chips=h200", "--operations=3",
+    )  # fmt: skip
+    assert code == 0, err
+    dense, reduced = (row["chips"]["h200"] for row in figures["results"])
+    shapes = param_shapes(build_model("vit", **SIZES | dict(depth=2)))
+    params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert dense["argument_bytes"] == 2 * params + 4 * 4 * 16 * 16 * 3
+    assert dense["kernels"] < reduced["kernels"]
+    assert dense["argument_bytes"] < dense["bytes"] < 100 * dense["argument_bytes"]
+    assert dense["loops"] == reduced["loops"] == 0
+    assert len(reduced["operations"]) == 3
+    assert dense["fits"]
+    assert "estimated by the compiler" in err.lower()
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_tool_times_a_run_beside_the_accuracies_of_its_plan(checkpoint, run, tmp_path):
     make_run(tmp_path / "run", checkpoint=checkpoint)
@@ -272,6 +317,10 @@ def test_the_tool_times_a_run_beside_the_accuracies_of_its_plan(checkpoint, run,
         ([f"--model={TINY}", "--dtypes=float31"], "did you mean 'float32'?"),
         ([f"--model={TINY}", "--mode=trianing"], "did you mean 'training'?"),
         ([f"--model={TINY}", "--rounds=0"], "--rounds must be 1 or more"),
+        ([f"--model={TINY}", "--rounds=-1", "--chips=v5e"], "--rounds must be 1 or more"),
+        ([f"--model={TINY}", "--operations=3"], "--operations=N needs --chips"),
+        ([f"--model={TINY}", "--chips=v7"], "unknown chip 'v7'"),
+        ([f"--model={TINY}", "--chips=v5e:2x2"], "costs are of one chip; ask for v5e"),
         ([f"--model={TINY}", "--out=/nowhere/x.md"], "in a folder that exists"),
         ([f"--model={TINY}", "--out=x.txt"], "--out must be a .md file"),
         ([f"--model={TINY}", "--plot=x.png"], "--plot needs --accuracies"),

@@ -12,6 +12,7 @@ from evit_jax.measure import latency
 from evit_jax.models import build_model
 from evit_jax.plan.flops import macs
 from evit_jax.tools import plan
+from tests.measure.test_chip_plan import Chip
 from tests.support.trained_run import MODEL, make_run
 from tests.tools.test_evaluate import tool
 
@@ -47,6 +48,37 @@ def test_a_budget_of_macs_gives_the_argument_to_paste(run):
     lines = [line.split() for line in err.splitlines()]
     assert lines[2] == ["dense", "197", "x12", "4.5989"]
     assert lines[3] == ["planned", *["197", "x3,", "139", "x3,", "98", "x3,", "69", "x3", "2.997"]]
+
+
+def test_a_share_is_one_of_the_dense_models_multiply_accumulates(run):
+    budget = 0.65 * macs(build_model(SMALL))
+    figures, _ = run(f"--model={SMALL}", "--share=0.65")
+    assert figures["keep"] == list(build_model(SMALL, macs=budget).keep)
+    assert figures == run(f"--model={SMALL}", f"--macs={budget}")[0]
+
+
+def test_a_chip_gets_a_plan_of_its_own_with_its_figures(run, monkeypatch):
+    chip = Chip(16)
+    chip.compiler = "libtpu 1"
+    monkeypatch.setattr(plan, "Target", lambda name: chip)
+    figures, err = run(f"--model={SMALL}", "--share=0.65", "--chip=v6e", "--batch_size=2")
+    assert figures["tokens"][3::3] == [128, 96, 64]
+    assert (figures["chip"], figures["batch_size"], figures["improved"]) == ("v6e", 2, True)
+    assert figures["compiler"] == "libtpu 1"
+    assert [row["plan"] for row in figures["compiled"]] == ["dense", "plain", "tried"]
+    dense, plain, found = (row["cycles"] for row in figures["compiled"])
+    assert figures["estimate"]["cycles"] == found < plain
+    assert figures["estimate"]["speedup"] == dense / found
+    assert build_model(SMALL, **eval(f"dict({figures['argument']})")).keep == tuple(figures["keep"])
+    lines = err.splitlines()
+    assert [line.split()[-1] for line in lines[2:5]] == ["yes", "yes", "planned"]
+    assert "Estimated by the compiler, not measured" in lines[5]
+
+    monkeypatch.setattr(plan, "Target", lambda name: Chip(1))
+    monkeypatch.setattr(Chip, "compiler", "libtpu 1", raising=False)
+    figures, _ = run(f"--model={SMALL}", "--share=0.65", "--chip=v6e")
+    assert (figures["improved"], figures["batch_size"]) == (False, 128)
+    assert figures["tokens"][3::3] == [138, 97, 69]
 
 
 def test_layers_and_multiples_are_passed_on(run):
@@ -99,9 +131,14 @@ def test_a_budget_of_time_is_measured_here():
 def test_bad_input_is_one_line(run):
     code, _, err = tool("plan", *TINY)
     assert code == 1
-    assert err == "error: give a budget: either --macs=NUMBER or --latency_ms=NUMBER\n"
+    budgets = "--macs=NUMBER, --share=NUMBER, --latency_ms=NUMBER"
+    assert err == f"error: give a budget: one of {budgets}\n"
     for arguments, text in {
-        ("--macs=1e9", "--latency_ms=1"): "either --macs",
+        ("--macs=1e9", "--latency_ms=1"): "one of --macs",
+        ("--macs=1e9", "--share=0.5"): "one of --macs",
+        ("--share=60",): "--share must be in (0, 1], got 60",
+        ("--chip=v5e", "--latency_ms=1"): "--chip takes --macs or --share",
+        ("--chip=v7", "--share=0.5"): "unknown chip 'v7'",
         ("--macs=5",): "the fewest possible are macs=",
         ("--macs=1e9", "--reducer=tome:r=13"): "has a schedule of its own",
         ("--latency_ms=9", "--reducer=tome:r=13"): "has a schedule of its own",

@@ -113,6 +113,21 @@ def test_a_sharded_state_has_a_part_of_every_large_array_on_each_device():
         assert tree["norm"]["scale"].sharding.is_fully_replicated
 
 
+def test_gathered_parameters_are_whole_and_their_gradients_are_in_parts():
+    devices = DataParallel(shard_params=True)
+    params = devices.init(init, jax.random.key(0))["params"]["blocks_0"]["mlp"]["fc1"]
+
+    def total(params):
+        whole = devices.gather(params)
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(whole)), whole
+
+    grads, whole = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert whole["kernel"].sharding.is_fully_replicated
+    for name, value in params.items():
+        assert grads[name].sharding.is_equivalent_to(value.sharding, value.ndim)
+        np.testing.assert_allclose(grads[name], 2 * np.asarray(value))
+
+
 def test_batches_are_split_and_states_are_not():
     devices = DataParallel()
     batch = devices.put(make_batch())
@@ -160,6 +175,8 @@ def test_modes_and_processes_that_do_not_exist_are_refused():
         choose("pamp")
     with pytest.raises(InputError, match="shard_params needs jit"):
         choose("pmap", shard_params=True)
+    with pytest.raises(InputError, match=r"chips need run\.parallel=jit"):
+        choose("pmap", chips="v5e:2x2")
     for text in ("4", "host:1,2,2", "host,2,0", ":1,2,0", "host:x,2,0"):
         with pytest.raises(InputError, match="HOST:PORT,COUNT,NUMBER"):
             start_processes(text)

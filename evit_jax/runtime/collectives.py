@@ -26,11 +26,12 @@ class Array(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One operation between devices; a loop that repeats it does not count."""
+    """One operation between devices."""
 
     kind: str  # XLA's name, such as "all-reduce"
     arrays: tuple[Array, ...]
     name: str  # where it comes from: an operation's path, or an argument's such as state['params']
+    in_loop: bool = False  # of how many turns, the text does not always say
 
 
 def collectives(text: str) -> list[Collective]:
@@ -40,6 +41,7 @@ def collectives(text: str) -> list[Collective]:
       text: of the compiled program, `compiled.as_text()`.
     """
     found, computation = {}, ""
+    bodies = set(re.findall(r" while\(.*body=%?([^,\s]+)", text))
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             computation = line.removeprefix("%").split()[0]
@@ -65,7 +67,7 @@ def collectives(text: str) -> list[Collective]:
         # those fusions, with the same channel. Elsewhere channels may be shared.
         channel = re.search(r"channel_id=(\d+)", rest) if "fus" in computation else None
         key = (kind, channel[1]) if channel else (computation, name)
-        found.setdefault(key, Collective(kind, tuple(arrays), source))
+        found.setdefault(key, Collective(kind, tuple(arrays), source, computation in bodies))
     return list(found.values())
 
 

@@ -54,13 +54,18 @@ def memory_table(
 def collective_table(
     found: list[Collective], state: dict, batch: dict, devices: DataParallel
 ) -> str:
-    """What devices send each other in a step, and what for; an array counts as a whole."""
+    """What devices send each other in a step; an array counts as a whole, and a loop as one turn.
+
+    A TPU makes such loops of a product and the sum of its parts over devices: the sums travel
+    around a ring, and each device adds its part.
+    """
     operations: dict[tuple, set] = {}
     sizes: dict[tuple, list] = {}
     for number, collective in enumerate(found):
         for array in collective.arrays:
             what = purpose(collective, array, state["params"], batch, devices.mesh.size)
-            key = collective.kind, what, array.dtype
+            kind = collective.kind + " (a turn of loops)" * collective.in_loop
+            key = kind, what, array.dtype
             operations.setdefault(key, set()).add(number)
             sizes.setdefault(key, []).append(array.bytes)
     rows = [["between devices, in a step", "of", "dtype", "operations", "arrays", "MiB"]]
@@ -76,10 +81,11 @@ def collective_table(
 def purpose(collective: Collective, array: Array, params: dict, batch: dict, devices: int) -> str:
     """What an array is: parameters, gradients, figures (numbers of a batch) or activations.
 
-    It is told by name and shape. Activations have an axis of images in front, of all or of those of
-    a device; where a parameter's first axis is as long, they are not told apart by it. What else is
-    summed is gradients; what is moved is activations, unless it is named after the state. Without a
-    name is what the compiler adds on its own, such as the last step of a reduce-scatter.
+    It is told by name and shape. Activations and their gradients have an axis of images in front,
+    of all or of those of a device; where a parameter's first axis is as long, that says nothing.
+    What else is summed, or comes from the backward pass, is gradients of parameters. The rest is
+    activations if it has a name; without one the compiler added it on its own, such as the last
+    step of a reduce-scatter.
     """
     if collective.kind == "all-gather" and collective.name.startswith(("state[", "frozen[")):
         return "parameters"
@@ -89,6 +95,6 @@ def purpose(collective: Collective, array: Array, params: dict, batch: dict, dev
     axes = {images, images // devices} - {leaf.shape[0] for leaf in jax.tree.leaves(params)}
     if array.shape[0] in axes:
         return "activations"
-    if collective.kind in ("all-reduce", "reduce-scatter"):
+    if collective.kind in ("all-reduce", "reduce-scatter") or "/transpose(" in collective.name:
         return "gradients"
     return "activations" if collective.name else "unnamed"

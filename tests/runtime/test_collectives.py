@@ -26,8 +26,12 @@ TPU = """HloModule jit_train_step, is_scheduled=true
 %all-reduce-scatter.4 (input_0: bf16[192,48]) -> (bf16[64,48]) {
   %all-reduce.9 = (bf16[256,48]{1,0:T(8,128)(2,1)}, bf16[256,48]{1,0}) all-reduce(%pad.1, %pad.2), channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, to_apply=%add
 }
+%windowed_dot_general_body_rs.1 (wide.param: (bf16[24,384])) -> (bf16[24,384]) {
+  %collective-permute.5 = bf16[24,384]{1,0} collective-permute(%g), channel_id=61, source_target_pairs={{0,1},{1,0}}
+}
 ENTRY %main.207_spmd (param.1: s32[]) -> (s32[]) {
   %all-reduce.8 = (f32[48]{0:T(128)S(1)}, f32[]{:T(128)}, /*index=2*/f32[48,1000]{1,0:T(8,128)}) all-reduce(%a, %b, %c), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add, metadata={op_name="jit(train_step)/transpose(jvp(ViT))/norm/reduce_sum"}
+  %while.1 = (bf16[24,384]{1,0}) while(%tuple.1), condition=%windowed_dot_general_cond_rs.1, body=%windowed_dot_general_body_rs.1, metadata={op_name="x"}
   %get-tuple-element.1 = f32[48]{0:T(128)S(1)} get-tuple-element(%all-reduce.8), index=0
   %all-gather.3 = s32[4,36,48]{2,1,0:T(8,128)} all-gather(%d), channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
   %collective-permute-start.1 = (bf16[4,48]{1,0}, bf16[4,48]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%e), channel_id=7, source_target_pairs={{0,1},{1,2}}
@@ -43,6 +47,7 @@ def test_every_collective_is_read_once_with_whole_arrays():
     assert [(c.kind, [(a.dtype, a.shape) for a in c.arrays]) for c in found] == [
         ("all-gather", [("bf16", (48, 192))]),  # written twice, on one channel
         ("reduce-scatter", [("bf16", (256, 48))] * 2),
+        ("collective-permute", [("bf16", (24, 384))]),
         ("all-reduce", [("f32", (48,)), ("f32", ()), ("f32", (48, 1000))]),
         ("all-gather", [("s32", (4, 36, 48))]),
         ("collective-permute", [("bf16", (4, 48))]),
@@ -50,8 +55,9 @@ def test_every_collective_is_read_once_with_whole_arrays():
         ("reduce-scatter", [("f32", (6, 96))]),
     ]
     assert found[0].name == "state['params']['fc1']"
-    assert found[2].name == "jit(train_step)/transpose(jvp(ViT))/norm/reduce_sum"
-    assert found[3].name == ""
+    assert [c.in_loop for c in found] == [False, False, True, *[False] * 5]
+    assert found[3].name == "jit(train_step)/transpose(jvp(ViT))/norm/reduce_sum"
+    assert found[4].name == ""
 
 
 def test_bytes_are_those_of_the_dtype():

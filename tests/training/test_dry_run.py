@@ -12,6 +12,7 @@ STATE = dict(params=PARAMS, step=jax.ShapeDtypeStruct((), "int32"))
 BATCH = dict(
     image=jax.ShapeDtypeStruct((16, 8, 8, 3), "uint8"), label=jax.ShapeDtypeStruct((16,), "int32")
 )
+LOOP = ["(a", "turn", "of", "loops)"]
 DEVICES = SimpleNamespace(mesh=SimpleNamespace(size=4), platform="tpu")
 
 
@@ -34,6 +35,8 @@ def compiled(arguments, temporaries, text=""):
         ("all-reduce", "jit(train_step)/transpose(jvp(ViT))/head", (4, 48), "activations"),
         ("all-gather", "jit(train_step)/jvp(ViT)/squeeze", (16, 1, 48), "activations"),
         ("collective-permute", "jit(train_step)/jvp(ViT)/squeeze", (12, 48), "activations"),
+        ("collective-permute", "jit(train_step)/transpose(jvp(ViT))/fc1", (12, 48), "gradients"),
+        ("collective-permute", "jit(train_step)/transpose(jvp(ViT))/fc1", (4, 48), "activations"),
         ("collective-permute", "", (4, 48), "activations"),
         ("collective-permute", "", (12, 48), "unnamed"),
     ],
@@ -57,6 +60,7 @@ def test_the_collectives_add_up():
         Collective("all-reduce", (array, array, Array("f32", ())), "jit(train_step)/transpose"),
         Collective("all-reduce", (array,), "jit(train_step)/transpose"),
         Collective("all-gather", (array,), "state['params']['head']"),
+        Collective("collective-permute", (array,), "jit(train_step)/transpose(jvp(ViT))", True),
     ]
     lines = [
         row.split() for row in dry_run.collective_table(found, STATE, BATCH, DEVICES).splitlines()
@@ -64,8 +68,9 @@ def test_the_collectives_add_up():
     assert lines[2:] == [
         ["all-reduce", "gradients", "bf16", "2", "3", "3.000"],
         ["all-gather", "parameters", "bf16", "1", "1", "1.000"],
+        ["collective-permute", *LOOP, "gradients", "bf16", "1", "1", "1.000"],
         ["all-reduce", "figures", "f32", "1", "1", "0.000"],
-        ["all", "3", "5", "4.000"],
+        ["all", "4", "6", "5.000"],
     ]
 
 

@@ -120,6 +120,9 @@ class DataParallel:
           step: a function like `steps.train_step`; where the state is sharded it is told how to
             `gather` parameters.
           state, batch, frozen: arrays, or the global shapes and dtypes of arrays.
+
+        Raises:
+          InputError: the compiler found that it does not fit into a device's memory.
         """
         states = self.shardings(state)
         if self.shard_params:
@@ -131,7 +134,16 @@ class DataParallel:
             donate_argnums=0,
             compiler_options=self.compiler_options,
         ).lower(*shapes_of((state, batch, frozen)))
-        return self.one_at_a_time(lowered.compile())
+        try:
+            return self.one_at_a_time(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                "the training step does not fit into a device's memory; lower batch_size, or set "
+                "run.accumulate, model.remat or run.shard_params. The compiler: "
+                + str(error).splitlines()[0]
+            ) from error
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> result on every device."""

@@ -146,6 +146,16 @@ def test_the_state_is_given_up_so_that_its_memory_is_reused(mode):
     assert state["params"]["head"]["kernel"].is_deleted()
 
 
+def test_a_step_that_does_not_fit_is_refused_with_what_helps(monkeypatch):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM\nSee ...")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
+    state = jax.eval_shape(init_small, jax.random.key(0))
+    with pytest.raises(InputError, match=r"lower batch_size.*Ran out of memory on HBM$"):
+        DataParallel().compile_train(make_step(), state, make_batch(), {})
+
+
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_evaluation_is_the_same_in_every_mode(mode):
     params = init_small(jax.random.key(0))["params"]

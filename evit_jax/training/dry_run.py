@@ -87,8 +87,8 @@ def purpose(collective: Collective, array: Array, params: dict, batch: dict, dev
     activations if it has a name; without one the compiler added it on its own, such as the last
     step of a reduce-scatter.
     """
-    if collective.kind == "all-gather" and collective.name.startswith(("state[", "frozen[")):
-        return "parameters"
+    if collective.name.startswith(("state[", "frozen[")):
+        return "parameters"  # small parts are gathered by a sum, each in its place among zeros
     if not array.shape:
         return "figures"
     images = batch["label"].shape[0]

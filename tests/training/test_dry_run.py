@@ -31,6 +31,7 @@ def compiled(arguments, temporaries, text=""):
         ("reduce-scatter", "", (256, 48), "gradients"),
         ("all-reduce", "jit(train_step)/reduce_sum", (), "figures"),
         ("all-gather", "state['params']['head']['kernel']", (4, 250, 48), "parameters"),
+        ("all-reduce", "state['params']['head']['kernel']", (48, 1000), "parameters"),
         ("all-reduce", "jit(train_step)/transpose(jvp(ViT))/head", (16, 48), "activations"),
         ("all-reduce", "jit(train_step)/transpose(jvp(ViT))/head", (4, 48), "activations"),
         ("all-gather", "jit(train_step)/jvp(ViT)/squeeze", (16, 1, 48), "activations"),

@@ -22,11 +22,11 @@ from evit_jax.models import build_model, init_params, load_params, preprocessing
 from evit_jax.plan import stages
 from evit_jax.plan.counts import PLAN_FIELDS
 from evit_jax.plan.flops import macs
-from evit_jax.runtime import parallel, processes
+from evit_jax.runtime import parallel, processes, topologies
 from evit_jax.runtime.background import Prefetch
 from evit_jax.spec import flatten
 from evit_jax.storage import as_path
-from evit_jax.training import metrics, optim, report, steps
+from evit_jax.training import dry_run, metrics, optim, report, steps
 from evit_jax.training.clock import Clock, Startup
 from evit_jax.training.evaluation import Evaluator
 from evit_jax.training.mix import Mix
@@ -42,6 +42,9 @@ PROCESSES = flags.DEFINE_string(
     "processes", "", 'of one run: "auto" on TPU pods and Slurm, or HOST:PORT,COUNT,NUMBER'
 )
 PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST: trace these steps into WORKDIR/profile")
+CHIPS = flags.DEFINE_string(
+    "chips", "", "of a dry run: compile for these, such as v5e:4x4, which need not be there"
+)
 flags.mark_flag_as_required("config")
 
 
@@ -50,6 +53,8 @@ def main() -> None:
     startup = Startup()
     config = CONFIG.value
     check_ranges(flatten(config.to_dict()))
+    if CHIPS.value and not config.dry_run:
+        raise InputError("--chips is for dry runs; add --config.dry_run=True, or leave it out")
     processes.start_processes(PROCESSES.value)
     stop = processes.Stop()
     first_process = jax.process_index() == 0
@@ -57,11 +62,15 @@ def main() -> None:
     # ----------------------------------------------------------------- 2 devices, model, teacher
     # `model.keep` is the plan that is evaluated; the stages, in 4, are those that are trained.
     mix = Mix(**config.mix)
-    devices = parallel.choose(config.run.parallel, shard_params=config.run.shard_params)
+    devices = parallel.choose(
+        config.run.parallel, shard_params=config.run.shard_params, chips=CHIPS.value
+    )
     model = build_model(**config.model)
     card = preprocessing(config.model.name)
     teacher = open_teacher(model, **config.distill)
-    accumulate = config.run.accumulate or steps.micro_batches(model, config.batch_size)
+    accumulate = config.run.accumulate or steps.micro_batches(
+        model, config.batch_size, platform=devices.platform
+    )
     mixed = dict(accumulate=accumulate, pairs=bool(mix.mixup or mix.cutmix))
     devices.check_batch_size("batch_size", config.batch_size, **mixed)
     devices.check_batch_size("run.test_batch_size", config.run.test_batch_size)
@@ -116,7 +125,8 @@ def main() -> None:
         print(report.stage_table(model, table, steps_per_epoch=1000), end="\n\n")
         print("compiling the training step; nothing is run ...", end="\n\n", flush=True)
         compiled = compile_stage(table[0])
-        print(report.memory_table(*shapes[:2], compiled, jax.device_count()))
+        memory = topologies.chip_of(CHIPS.value).memory_bytes if CHIPS.value else None
+        print(dry_run.step_tables(*shapes[:2], compiled, devices, memory=memory))
         return
 
     # -------------------------------------------------------- 6 the workdir, checkpoints, recorder

@@ -300,6 +300,12 @@ def test_a_disk_that_is_full_or_read_only_is_one_clear_line(tmp_path):
     assert err.count("\n") == 1
 
 
+def test_chips_that_are_not_there_are_for_dry_runs():
+    code, _, err = train(DIGITS, "--chips=v5e:2x2")
+    assert code == 1
+    assert err == ("error: --chips is for dry runs; add --config.dry_run=True, or leave it out\n")
+
+
 def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     code, out, err = train(
         DIGITS, f"--workdir={tmp_path / 'run'}", "--config.dry_run=True",

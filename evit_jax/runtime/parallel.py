@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evit_jax.errors import InputError, check_name
+from evit_jax.runtime.topologies import absent_devices
 
 AXIS = "data"
 CPU_CACHE = 10_000_000  # bytes of activations that a CPU works on fast; found by trying
@@ -92,6 +93,15 @@ class DataParallel:
             shapes,
         )
 
+    def gather(self, params):
+        """Arrays that are placed like the state -> the same, whole on every device.
+
+        Their gradients are placed like the state. XLA decides where this is done, block by block.
+        Left without it, it may keep the parts of the weights where they are and move activations
+        instead: those of the last block's class tokens, and the logits.
+        """
+        return jax.tree.map(lambda a: gathered(a, self.replicated, self.sharding(a.shape)), params)
+
     def init(self, function: Callable, *args):
         """Runs `function`, with its result where the state lives."""
         shardings = self.shardings(jax.eval_shape(function, *args))
@@ -107,10 +117,16 @@ class DataParallel:
         """Compiles (state, batch, frozen) -> (state, figures); the state passed in is donated.
 
         Args:
-          step: a function like `steps.train_step`.
+          step: a function like `steps.train_step`; where the state is sharded it is told how to
+            `gather` parameters.
           state, batch, frozen: arrays, or the global shapes and dtypes of arrays.
+
+        Raises:
+          InputError: the compiler found that it does not fit into a device's memory.
         """
         states = self.shardings(state)
+        if self.shard_params:
+            step = functools.partial(step, gather=self.gather)
         lowered = jax.jit(
             step,
             in_shardings=(states, self.split, self.shardings(frozen)),
@@ -118,12 +134,26 @@ class DataParallel:
             donate_argnums=0,
             compiler_options=self.compiler_options,
         ).lower(*shapes_of((state, batch, frozen)))
-        return self.one_at_a_time(lowered.compile())
+        try:
+            return self.one_at_a_time(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                "the training step does not fit into a device's memory; lower batch_size, or set "
+                "run.accumulate, model.remat or run.shard_params. The compiler: "
+                + str(error).splitlines()[0]
+            ) from error
 
     def compile_eval(self, step: Callable) -> Callable:
         """(params, batch) -> result on every device."""
+
+        def with_whole_params(params, batch):
+            return step(self.gather(params), batch)
+
+        program = with_whole_params if self.shard_params else step
         return self.one_at_a_time(
-            jax.jit(step, out_shardings=self.replicated, compiler_options=self.compiler_options)
+            jax.jit(program, out_shardings=self.replicated, compiler_options=self.compiler_options)
         )
 
     def one_at_a_time(self, program: Callable) -> Callable:
@@ -217,6 +247,20 @@ class Chunked:
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), result)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(array: jax.Array, whole: NamedSharding, parts: NamedSharding) -> jax.Array:
+    """The array placed as `whole` says, and its gradient as `parts` says."""
+    del parts
+    return jax.lax.with_sharding_constraint(array, whole)
+
+
+gathered.defvjp(
+    lambda array, whole, parts: (gathered(array, whole, parts), None),
+    # Asked for in parts, the sum over devices may become a reduce-scatter.
+    lambda whole, parts, _, gradient: (jax.lax.with_sharding_constraint(gradient, parts),),
+)
+
+
 def shapes_of(tree):
     """Arrays -> their shapes and dtypes."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
@@ -229,15 +273,26 @@ def with_result(program: Callable, function: Callable) -> Callable:
         return function(program(*args))
 
     followed.memory_analysis = getattr(program, "memory_analysis", lambda: None)  # XLA's account
+    followed.as_text = getattr(program, "as_text", lambda: "")
     return followed
 
 
 MODES = {"jit": DataParallel, "pmap": PmapParallel}
 
 
-def choose(mode: str, *, shard_params: bool = False) -> DataParallel:
-    """The mode by its name, over all devices of all processes."""
+def choose(mode: str, *, shard_params: bool = False, chips: str = "") -> DataParallel:
+    """The mode by its name, over all devices of all processes, or chips that are not there.
+
+    Args:
+      mode: one of `MODES`.
+      shard_params: as for `DataParallel`.
+      chips: as for `topologies.absent_devices`; then steps can be compiled, and nothing can run.
+    """
     check_name("parallel mode", mode, MODES)
     if mode == "pmap" and shard_params:
         raise InputError("pmap keeps all parameters on every device; shard_params needs jit")
-    return DataParallel(shard_params=shard_params) if mode == "jit" else PmapParallel()
+    if mode == "pmap" and chips:
+        raise InputError("pmap runs on this machine's devices alone; chips need run.parallel=jit")
+    if mode == "pmap":
+        return PmapParallel()
+    return DataParallel(absent_devices(chips) if chips else None, shard_params=shard_params)

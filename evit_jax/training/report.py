@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run prints about its model: the dry run before it and the table after it."""
+"""What a run prints about its model; what a dry run says of the program is in `dry_run`."""
 
 import re
 from pathlib import Path
@@ -101,24 +101,6 @@ def line(figures: dict, total: int) -> str:
         text.format(figures[name]) for name, text in shown.items() if figures.get(name) is not None
     ]
     return "  ".join([head, *cells])
-
-
-def memory_table(state: dict, batch: dict, compiled, devices: int) -> str:
-    """What a compiled training step needs, on each device by XLA's own account."""
-    rows = [[f"memory on {devices} {jax.default_backend()} device(s)", "MiB"]]
-
-    def row(name: str, size: float) -> None:
-        rows.append([name, f"{size / 2**20:,.1f}"])
-
-    row("parameters", size_of(state["params"]))
-    row("training state (with the parameters)", size_of(state))
-    row("batch", size_of(batch))
-    if (analysis := compiled.memory_analysis()) is not None:
-        arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-        row("on each device: its part of them", arguments)
-        row("on each device: activations and temporaries", temporary)
-        row("on each device: training step", arguments + temporary)
-    return table(rows)
 
 
 def stage_line(model, stage) -> str:

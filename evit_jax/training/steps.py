@@ -16,6 +16,7 @@ batch, so devices, processes and micro-batches change nothing but rounding.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,7 @@ def gradients(
     *,
     models: tuple,
     recipe: Recipe,
+    gather: Callable[[dict], dict] = lambda params: params,
 ) -> tuple[dict, jax.Array, dict]:
     """(gradients of the mean loss, that loss, metric sums) for images with places `index` (B,).
 
@@ -131,7 +133,8 @@ def gradients(
         if recipe.teacher_preprocessing:
             seen = recipe.preprocessing.renormalize(images, recipe.teacher_preprocessing)
         # Without weights of its own the teacher is the student's dense twin.
-        logits, _ = recipe.teacher.apply({"params": frozen.get("teacher", params)}, seen)
+        variables = {"params": gather(frozen.get("teacher", params))}
+        logits, _ = recipe.teacher.apply(variables, seen)
         targets["teacher"] = recipe.distillation.targets(logits)
 
     first, total = None, None
@@ -139,9 +142,8 @@ def gradients(
 
         def objective(params, model=model, first=first):
             rngs = dict(dropout=drop_key)
-            logits, out = model.apply(
-                {"params": params}, images, train=True, index=index, rngs=rngs
-            )
+            variables = {"params": gather(params)}
+            logits, out = model.apply(variables, images, train=True, index=index, rngs=rngs)
             loss = image_losses(logits, out, targets, recipe)
             if first is not None:
                 loss = loss + losses.divergence(logits, jax.nn.softmax(first))
@@ -157,7 +159,14 @@ def gradients(
 
 
 def train_step(
-    state: State, batch: Batch, frozen: dict, *, models: tuple, recipe: Recipe, axis=None
+    state: State,
+    batch: Batch,
+    frozen: dict,
+    *,
+    models: tuple,
+    recipe: Recipe,
+    axis=None,
+    gather: Callable[[dict], dict] = lambda params: params,
 ) -> tuple[State, dict[str, jax.Array]]:
     """The state after one more batch, and figures of that batch before it: loss and grad_norm.
 
@@ -168,6 +177,8 @@ def train_step(
       models: Linen modules over the same parameters; one, unless several keep rates are trained.
       recipe: everything else.
       axis: of pmap, or None.
+      gather: what to do with parameters before a model is applied to them, where devices keep only
+        parts of them; see `DataParallel.gather`.
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
     size = batch["label"].shape[0]
@@ -175,7 +186,8 @@ def train_step(
     parts = batch, first + jnp.arange(size)
 
     def one(part):
-        return gradients(state["params"], frozen, *part, key, models=models, recipe=recipe)
+        settings = dict(models=models, recipe=recipe, gather=gather)
+        return gradients(state["params"], frozen, *part, key, **settings)
 
     if recipe.accumulate == 1:
         grads, loss, sums = one(parts)

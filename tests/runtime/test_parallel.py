@@ -113,6 +113,21 @@ def test_a_sharded_state_has_a_part_of_every_large_array_on_each_device():
         assert tree["norm"]["scale"].sharding.is_fully_replicated
 
 
+def test_gathered_parameters_are_whole_and_their_gradients_are_in_parts():
+    devices = DataParallel(shard_params=True)
+    params = devices.init(init, jax.random.key(0))["params"]["blocks_0"]["mlp"]["fc1"]
+
+    def total(params):
+        whole = devices.gather(params)
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(whole)), whole
+
+    grads, whole = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert whole["kernel"].sharding.is_fully_replicated
+    for name, value in params.items():
+        assert grads[name].sharding.is_equivalent_to(value.sharding, value.ndim)
+        np.testing.assert_allclose(grads[name], 2 * np.asarray(value))
+
+
 def test_batches_are_split_and_states_are_not():
     devices = DataParallel()
     batch = devices.put(make_batch())
@@ -129,6 +144,16 @@ def test_the_state_is_given_up_so_that_its_memory_is_reused(mode):
     program = devices.compile_train(make_step(), state, make_batch(), {})
     program(state, devices.put(make_batch()), {})
     assert state["params"]["head"]["kernel"].is_deleted()
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_helps(monkeypatch):
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM\nSee ...")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
+    state = jax.eval_shape(init_small, jax.random.key(0))
+    with pytest.raises(InputError, match=r"lower batch_size.*Ran out of memory on HBM$"):
+        DataParallel().compile_train(make_step(), state, make_batch(), {})
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
@@ -160,6 +185,8 @@ def test_modes_and_processes_that_do_not_exist_are_refused():
         choose("pamp")
     with pytest.raises(InputError, match="shard_params needs jit"):
         choose("pmap", shard_params=True)
+    with pytest.raises(InputError, match=r"chips need run\.parallel=jit"):
+        choose("pmap", chips="v5e:2x2")
     for text in ("4", "host:1,2,2", "host,2,0", ":1,2,0", "host:x,2,0"):
         with pytest.raises(InputError, match="HOST:PORT,COUNT,NUMBER"):
             start_processes(text)

@@ -36,7 +36,44 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudn
       RuntimeError: where this process has no cuDNN.
       NotImplementedError: for a width of heads that the kernel does not take.
     """
+    return kernel(q, k, v, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def kernel(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
+    """`attend`, whose gradient is that of `even`."""
     return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation=implementation)
+
+
+def even(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
+    """The same by an even number of queries and of keys, one of each more where they are odd.
+
+    To train with an odd number is refused by jax, which takes every call for one with a bias.
+    """
+    sides, lengths = (q.shape[1], k.shape[1]), {}
+    if any(side % 2 for side in sides):
+        q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+        names = "query_seq_lengths", "key_value_seq_lengths"
+        lengths = {
+            name: jnp.full(q.shape[:1], side, jnp.int32)
+            for name, side in zip(names, sides, strict=True)
+        }
+    seen = jax.nn.dot_product_attention(
+        q, k, v, scale=1.0, implementation=implementation, **lengths
+    )
+    return seen[:, : sides[0]]
+
+
+def kernel_forward(q, k, v, implementation):
+    return jax.vjp(functools.partial(even, implementation=implementation), q, k, v)
+
+
+def kernel_backward(implementation, back, gradient):
+    del implementation
+    return back(gradient)
+
+
+kernel.defvjp(kernel_forward, kernel_backward)
 
 
 def has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
@@ -51,7 +88,7 @@ def has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
         return False
     # Versions of jax differ in which error says that there is no cuDNN, or no kernel for a shape.
     try:
-        jax.eval_shape(functools.partial(attend, implementation="cudnn"), q, k, v)
+        jax.eval_shape(lambda *args: jax.vjp(attend, *args)[0], q, k, v)
     except (NotImplementedError, RuntimeError, ValueError):
         return False
     return all(capability >= AMPERE for capability in capabilities())

@@ -13,9 +13,9 @@ from evit_jax.models import attention, fused_gpu
 BATCH, LENGTH, HEADS, WIDTH = 2, 13, 3, 16
 
 
-def inputs(dtype=jnp.float32, queries=LENGTH):
+def inputs(dtype=jnp.float32, queries=LENGTH, length=LENGTH):
     rng = np.random.default_rng(queries)
-    sides = (BATCH, LENGTH, HEADS, WIDTH)
+    sides = (BATCH, length, HEADS, WIDTH)
     q, k, v = (jnp.asarray(rng.normal(size=sides), dtype) for _ in range(3))
     return q[:, :queries], k, v
 
@@ -28,7 +28,7 @@ def plain(q, k, v, weight=None):
     return attention.attend_weighted(q, k, v, weight).swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("queries", [1, LENGTH])
+@pytest.mark.parametrize("queries", [1, 4, LENGTH])
 def test_the_kernels_function_is_our_attention_and_has_its_gradient(queries):
     def loss(attend):
         return lambda *args: jnp.sum(jnp.sin(attend(*args)))

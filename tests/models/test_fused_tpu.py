@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A TPU's attention kernel against the plain form, step by step on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evit_jax.models import attention, fused_tpu
+
+BATCH = 2
+CASES = [(5, 2, 64), (13, 4, 64), (16, 2, 64), (9, 4, 32), (7, 1, 128)]
+
+
+def inputs(length, heads, width, batch=BATCH):
+    """qkv (B, N, 3 D) and weights of keys, far from uniform attention."""
+    rng = np.random.default_rng(length)
+    qkv = jnp.asarray(rng.normal(size=(batch, length, 3 * heads * width)), jnp.float32)
+    return qkv, jnp.asarray(rng.choice([0, 0.5, 1, 3], (batch, length)), jnp.float32)
+
+
+def plain(qkv, weight, heads):
+    """The attention of attention.py from the same qkv."""
+    batch, length, triple = qkv.shape
+    width = triple // 3 // heads
+    q, k, v = qkv.reshape(batch, length, 3, heads, width).transpose(2, 0, 3, 1, 4)
+    q = q * width**-0.5
+    args = (q, k, v) if weight is None else (q, k, v, weight)
+    y = (attention.attend if weight is None else attention.attend_weighted)(*args)
+    return y.swapaxes(1, 2).reshape(batch, length, -1), jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_is_our_attention(case, weighted):
+    qkv, weight = inputs(*case)
+    weight = weight if weighted else None
+    got = fused_tpu.attend(qkv, weight, case[1], True)
+    for a, b in zip(got, plain(qkv, weight, case[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_has_our_gradient(case, weighted):
+    def loss(attend):
+        def of(qkv, weight):
+            y, row = attend(qkv, weight if weighted else None)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(row))
+
+        return of
+
+    args = inputs(*case)
+    ours = loss(lambda *args: fused_tpu.attend(*args, case[1], True))
+    got, exact = (
+        jax.grad(one, (0, 1))(*args) for one in (ours, loss(lambda *args: plain(*args, case[1])))
+    )
+    for a, b in zip(got, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hidden_key_far_above_the_others_does_not_overflow():
+    qkv, _ = inputs(6, 2, 64)
+    qkv = qkv.at[:, 3, 128:256].mul(200.0)  # the key of token 3
+    weight = jnp.ones((BATCH, 6)).at[:, 3].set(0.0)
+
+    def loss(qkv, weight):
+        return jnp.sum(jnp.sin(fused_tpu.attend(qkv, weight, 2, True)[0][:, :3]))
+
+    got = fused_tpu.attend(qkv, weight, 2, True)[0]
+    np.testing.assert_allclose(got, plain(qkv, weight, 2)[0], rtol=1e-5, atol=1e-5)
+    assert all(jnp.isfinite(part).all() for part in jax.grad(loss, (0, 1))(qkv, weight))
+
+
+def test_half_precision_stays_close():
+    qkv, weight = inputs(13, 4, 64)
+    got, row = fused_tpu.attend(qkv.astype(jnp.bfloat16), weight, 4, True)
+    assert (got.dtype, row.dtype) == (jnp.bfloat16, jnp.float32)
+    expected, _ = plain(qkv.astype(jnp.bfloat16).astype(jnp.float32), weight, 4)
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_which_heads_it_takes():
+    assert fused_tpu.supports(197, 6, 64)  # DeiT-S
+    assert not fused_tpu.supports(197, 3, 64)  # DeiT-Ti: half a pair is left over
+    assert not fused_tpu.supports(1025, 6, 64)  # a map too large for fast memory
+    assert not fused_tpu.supports(197, 6, 48)
+
+
+def test_a_mesh_splits_the_kernel_by_images():
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+
+    def both(qkv, weight):
+        result, back = jax.vjp(lambda *args: fused_tpu.attend(*args, 2, True), qkv, weight)
+        return result, back(result)
+
+    args = inputs(5, 2, 64, batch=8)
+    program = jax.jit(both, in_shardings=split).lower(*args).compile()
+    assert "all-gather" not in program.as_text()
+    for a, b in zip(jax.tree.leaves(program(*args)), jax.tree.leaves(both(*args)), strict=True):
+        assert a.sharding.is_equivalent_to(split, a.ndim)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_it_lowers_for_a_tpu_and_exports(weighted, dtype):
+    qkv = jax.ShapeDtypeStruct((4, 197, 3 * 384), dtype)
+    weight = jax.ShapeDtypeStruct((4, 197), jnp.float32) if weighted else None
+
+    def both(qkv, weight):
+        result, back = jax.vjp(lambda *args: fused_tpu.attend(*args, 6), qkv, weight)
+        return result, back(result)
+
+    exported = jax.export.export(jax.jit(both), platforms=["tpu"])(qkv, weight)
+    assert exported.mlir_module().count("tpu_custom_call") == 2

@@ -19,9 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 LANES = 128
 IMAGES = 4  # of one step of the grid, at most
@@ -64,12 +62,18 @@ def attend_backward(num_heads, interpret, kept, gradients):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def heads_of(group: int, width: int):
-    """The heads of a group of 128 lanes: (number, its lanes as a (1, 128) mask)."""
+def heads_of(group: int, width: int) -> list[tuple[int, jax.Array]]:
+    """The heads of a group of 128 lanes: the number of each, and its lanes as a (1, 128) mask."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     each = LANES // width
-    for i in range(each):
-        yield group * each + i, (lane >= i * width) & (lane < (i + 1) * width)
+    masks = ((i * width <= lane) & (lane < (i + 1) * width) for i in range(each))
+    return [(group * each + i, mask) for i, mask in enumerate(masks)]
+
+
+def places(group: int, dim: int) -> list[slice]:
+    """Where q, k and v of a group are in the last axis; q's is also where its result goes."""
+    at = group * LANES
+    return [slice(start + at, start + at + LANES) for start in (0, dim, 2 * dim)]
 
 
 def only(mask: jax.Array, x: jax.Array) -> jax.Array:
@@ -84,35 +88,31 @@ def dot(a: jax.Array, b: jax.Array, sides: tuple[int, int]) -> jax.Array:
     )
 
 
-def softmax_map(logits: jax.Array, weight: jax.Array | None):
-    """A head's map and, with weights, what its entries would be with a weight of 1.
+def exponentials(logits: jax.Array, weight: jax.Array | None):
+    """A head's map before its rows are divided by their sums.
 
     Args:
       logits: (N, N) float32, a row per query.
       weight: (1, N) float32 or None.
 
     Returns:
-      (N, N) float32 map whose rows sum to 1; None or (map per weight, weights with each token's own
-      as it counts, keys whose exponential was cut off).
+      (N, N) float32; with weights also what it would be if all were 1, and where the logit still
+      counts.
     """
     if weight is None:
-        unscaled = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-        return unscaled * (1.0 / jnp.sum(unscaled, axis=1, keepdims=True)), None
+        return jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True)), None
     counted = jnp.where(own(logits.shape), jnp.maximum(weight, 1.0), weight)
     top = jnp.max(jnp.where(counted > 0, logits, -jnp.inf), axis=1, keepdims=True)
     # A hidden key's logit may lie far above `top`, and its exp must not overflow.
     free = logits <= top
-    unscaled = jnp.exp(jnp.where(free, logits - top, 0.0))
-    seen = unscaled * counted
-    total = 1.0 / jnp.sum(seen, axis=1, keepdims=True)
-    return seen * total, (unscaled * total, free)
+    unweighted = jnp.exp(jnp.where(free, logits - top, 0.0))
+    return unweighted * counted, (unweighted, free)
 
 
 def own(shape: tuple[int, int]) -> jax.Array:
     """Where a query meets its own key."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(
-        jnp.int32, shape, 1
-    )
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, side) for side in (0, 1))
+    return row == column
 
 
 def forward_kernel(width, qkv, *refs):
@@ -123,16 +123,20 @@ def forward_kernel(width, qkv, *refs):
     def image(i, _):
         per_key = weight[0][i] if weight else None
         for group in range(dim // LANES):
-            at = group * LANES
-            q, k, v = (qkv[i, :, start + at : start + at + LANES] for start in (0, dim, 2 * dim))
+            q, k, v = (qkv[i, :, place] for place in places(group, dim))
             q = q * jnp.asarray(width**-0.5, q.dtype)
+            # Step by step for all heads of the group, so that the matrix unit has the next head's
+            # product to do while this one's exponentials are taken.
+            heads = heads_of(group, width)
+            logits = [dot(only(mask, q), k, (1, 1)) for _, mask in heads]
+            maps = [exponentials(one, per_key)[0] for one in logits]
             seen = jnp.zeros(q.shape, F32)
-            for head, mask in heads_of(group, width):
-                logits = dot(only(mask, q), k, (1, 1))
-                row[i, head : head + 1, :] = logits[:1]
-                shares, _ = softmax_map(logits, per_key)
-                seen = jnp.where(mask, dot(shares.astype(v.dtype), v, (1, 0)), seen)
-            out[i, :, at : at + LANES] = seen.astype(out.dtype)
+            for (head, mask), one, logit in zip(heads, maps, logits, strict=True):
+                row[i, head : head + 1, :] = logit[:1]
+                total = jnp.sum(one, axis=1, keepdims=True)
+                # Dividing after the product touches N x 128 values instead of N x N.
+                seen = jnp.where(mask, dot(one.astype(v.dtype), v, (1, 0)) / total, seen)
+            out[i, :, places(group, dim)[0]] = seen.astype(out.dtype)
 
     jax.lax.fori_loop(0, images, image, None)
 
@@ -142,37 +146,39 @@ def backward_kernel(width, qkv, *refs):
     count = (len(refs) - 3) // 2  # 1 with weights
     weight, (dout, drow, dqkv), dweight = refs[:count], refs[count : count + 3], refs[count + 3 :]
     images, length, dim = dout.shape
+    first = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0) == 0
 
     def image(i, _):
         per_key = weight[0][i] if count else None
         of_weight = jnp.zeros((1, length), F32)
         for group in range(dim // LANES):
-            places = [slice(s + group * LANES, s + (group + 1) * LANES) for s in (0, dim, 2 * dim)]
-            q, k, v = (qkv[i, :, place] for place in places)
+            q, k, v = (qkv[i, :, place] for place in places(group, dim))
             q = q * jnp.asarray(width**-0.5, q.dtype)
-            dy = dout[i, :, places[0]]
+            dy = dout[i, :, places(group, dim)[0]].astype(F32)
             dq, dk, dv = (jnp.zeros(q.shape, F32) for _ in range(3))
             for head, mask in heads_of(group, width):
-                asked, mine = only(mask, q), only(mask, dy)
-                logits = dot(asked, k, (1, 1))
-                shares, weighted = softmax_map(logits, per_key)
-                dshares = dot(mine, v, (1, 1))
-                dshares = dshares - jnp.sum(shares * dshares, axis=1, keepdims=True)
-                dlogits = shares * dshares
+                asked = only(mask, q)
+                one, weighted = exponentials(dot(asked, k, (1, 1)), per_key)
+                share = 1.0 / jnp.sum(one, axis=1, keepdims=True)
+                # Rows of the map are divided by their sums here, where they are 128 long.
+                mine = only(mask, dy * share).astype(v.dtype)
+                through = dot(mine, v, (1, 1))
+                through = through - share * jnp.sum(one * through, axis=1, keepdims=True)
+                dlogits = one * through
                 if weighted:
                     unweighted, free = weighted
-                    through = unweighted * dshares
-                    # A token's own weight counts only above 1.
-                    through = jnp.where(own(through.shape) & (per_key <= 1), 0.0, through)
-                    of_weight = of_weight + jnp.sum(through, axis=0, keepdims=True)
                     dlogits = jnp.where(free, dlogits, 0.0)
-                first = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0) == 0
+                    # A token's own weight counts only above 1.
+                    unseen = own(through.shape) & (per_key <= 1)
+                    through = jnp.where(unseen, 0.0, unweighted * through)
+                    of_weight = of_weight + jnp.sum(through, axis=0, keepdims=True)
                 dlogits = dlogits + jnp.where(first, drow[i, head : head + 1, :], 0.0)
                 dlogits = dlogits.astype(k.dtype)
                 dq = jnp.where(mask, dot(dlogits, k, (1, 0)), dq)
                 dk = dk + dot(dlogits, asked, (0, 0))
-                dv = dv + dot(shares.astype(v.dtype), mine, (0, 0))
-            for place, part in zip(places, (dq * width**-0.5, dk, dv), strict=True):
+                dv = dv + dot(one.astype(v.dtype), mine, (0, 0))
+            parts = dq * width**-0.5, dk, dv
+            for place, part in zip(places(group, dim), parts, strict=True):
                 dqkv[i, :, place] = part.astype(dqkv.dtype)
         if count:
             dweight[0][i] = of_weight
@@ -187,54 +193,21 @@ def call(kernel, inputs, outputs, name, interpret):
       inputs: arrays.
       outputs: shapes and dtypes.
     """
-
-    def of_one_device(*inputs):
-        batch = inputs[0].shape[0]
-        images = next(n for n in range(min(IMAGES, batch), 0, -1) if batch % n == 0)
-        shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in outputs]
-        blocks = [
-            pl.BlockSpec((images, *a.shape[1:]), lambda step: (step, 0, 0))
-            for a in (*inputs, *shapes)
-        ]
-        results = pl.pallas_call(
-            kernel,
-            grid=(batch // images,),
-            in_specs=blocks[: len(inputs)],
-            out_specs=blocks[len(inputs) :],
-            out_shape=shapes,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-            interpret=interpret,
-            name=name,
-        )(*inputs)
-        return tuple(results)
-
-    return split_by_images(of_one_device, len(inputs), len(outputs))(*inputs)
-
-
-def split_by_images(function, inputs, outputs):
-    """The same function of arrays (images, a, b), where a mesh splits them by images.
-
-    XLA cannot split a kernel by itself, and where it is told to, each device must know that it has
-    all it needs.
-    """
-    split = custom_partitioning(function)
-
-    def shardings(arrays, images):
-        spec = PartitionSpec(images, None, None)
-        return tuple(array.sharding.update(spec=spec) for array in arrays)
-
-    def infer(mesh, arguments, results):
-        del mesh
-        return shardings(results, arguments[0].sharding.spec[0])
-
-    def partition(mesh, arguments, results):
-        images = arguments[0].sharding.spec[0]
-        return mesh, function, shardings(results, images), shardings(arguments, images)
-
-    sides = [f"images a{i} b{i}" for i in range(inputs + outputs)]
-    rule = f"{', '.join(sides[:inputs])} -> {', '.join(sides[inputs:])}"
-    split.def_partition(partition, infer, sharding_rule=rule)
-    return split
+    batch = inputs[0].shape[0]
+    images = next(n for n in range(min(IMAGES, batch), 0, -1) if batch % n == 0)
+    blocks = [
+        pl.BlockSpec((images, *a.shape[1:]), lambda step: (step, 0, 0)) for a in (*inputs, *outputs)
+    ]
+    return pl.pallas_call(
+        kernel,
+        grid=(batch // images,),
+        in_specs=blocks[: len(inputs)],
+        out_specs=blocks[len(inputs) :],
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name=name,
+    )(*inputs)
 
 
 def forward_call(qkv, weight, num_heads, interpret):
@@ -245,7 +218,7 @@ def forward_call(qkv, weight, num_heads, interpret):
     ]
     inputs = [qkv] if weight is None else [qkv, weight[:, None]]
     kernel = functools.partial(forward_kernel, triple // 3 // num_heads)
-    return call(kernel, inputs, outputs, "attend", interpret)
+    return tuple(call(kernel, inputs, outputs, "attend", interpret))
 
 
 def backward_call(qkv, weight, dout, drow, num_heads, interpret):

@@ -156,13 +156,18 @@ def backward_kernel(width, qkv, *refs):
             q = q * jnp.asarray(width**-0.5, q.dtype)
             dy = dout[i, :, places(group, dim)[0]].astype(F32)
             dq, dk, dv = (jnp.zeros(q.shape, F32) for _ in range(3))
-            for head, mask in heads_of(group, width):
-                asked = only(mask, q)
-                one, weighted = exponentials(dot(asked, k, (1, 1)), per_key)
-                share = 1.0 / jnp.sum(one, axis=1, keepdims=True)
-                # Rows of the map are divided by their sums here, where they are 128 long.
-                mine = only(mask, dy * share).astype(v.dtype)
-                through = dot(mine, v, (1, 1))
+            heads = heads_of(group, width)
+            asking = [only(mask, q) for _, mask in heads]
+            maps = [exponentials(dot(asked, k, (1, 1)), per_key) for asked in asking]
+            shares = [1.0 / jnp.sum(one, axis=1, keepdims=True) for one, _ in maps]
+            # Rows of the map are divided by their sums here, where they are 128 long.
+            mine = [
+                only(mask, dy * share).astype(v.dtype)
+                for (_, mask), share in zip(heads, shares, strict=True)
+            ]
+            throughs = [dot(part, v, (1, 1)) for part in mine]
+            steps = zip(heads, asking, maps, shares, mine, throughs, strict=True)
+            for (head, mask), asked, (one, weighted), share, part, through in steps:
                 through = through - share * jnp.sum(one * through, axis=1, keepdims=True)
                 dlogits = one * through
                 if weighted:
@@ -176,7 +181,7 @@ def backward_kernel(width, qkv, *refs):
                 dlogits = dlogits.astype(k.dtype)
                 dq = jnp.where(mask, dot(dlogits, k, (1, 0)), dq)
                 dk = dk + dot(dlogits, asked, (0, 0))
-                dv = dv + dot(one.astype(v.dtype), mine, (0, 0))
+                dv = dv + dot(one.astype(v.dtype), part, (0, 0))
             parts = dq * width**-0.5, dk, dv
             for place, part in zip(places(group, dim), parts, strict=True):
                 dqkv[i, :, place] = part.astype(dqkv.dtype)

@@ -2,14 +2,16 @@
 """A TPU's attention kernel against the plain form, step by step on a CPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from evit_jax.models import attention, fused_tpu
+from evit_jax.runtime.topologies import absent_devices
 
 BATCH = 2
 CASES = [(5, 2, 64), (13, 4, 64), (16, 2, 64), (9, 4, 32), (7, 1, 128)]
@@ -128,3 +130,47 @@ def test_it_lowers_for_a_tpu_and_exports(weighted, dtype):
 
     exported = jax.export.export(jax.jit(both), platforms=["tpu"])(qkv, weight)
     assert exported.mlir_module().count("tpu_custom_call") == 2
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiles a function of shapes and dtypes for a TPU."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run in several processes
+
+    def compile_for(chip, function, *shapes):
+        place = SingleDeviceSharding(absent_devices(chip)[0])
+        args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in shapes]
+        return jax.jit(function).lower(*args).compile()
+
+    return compile_for
+
+
+SHAPES = [(72, 6, True), (100, 6, False), (140, 6, True), (197, 6, False), (197, 12, True)]
+
+
+@pytest.mark.parametrize(("length", "heads", "weighted"), SHAPES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_the_tpus_compiler_takes_it(compiled, chip, length, heads, weighted):
+    qkv = jax.ShapeDtypeStruct((8, length, 3 * heads * 64), jnp.bfloat16)
+    weight = [jax.ShapeDtypeStruct((8, length), jnp.float32)] if weighted else []
+
+    def both(qkv, *weight):
+        weight = weight[0] if weight else None
+        result, back = jax.vjp(lambda *args: fused_tpu.attend(*args, heads), qkv, weight)
+        return result, back(result)
+
+    assert compiled(chip, both, qkv, *weight).as_text().count("tpu_custom_call") == 2
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_q_k_and_v_are_written_as_the_kernel_reads_them(compiled, chip):
+    x = jax.ShapeDtypeStruct((128, 197, 384), jnp.bfloat16)
+    kernels = [jax.ShapeDtypeStruct((384, width), jnp.bfloat16) for width in (1152, 384)]
+
+    def branch(x, *kernels):
+        return x + fused_tpu.attend(x @ kernels[0], None, 6)[0] @ kernels[1]
+
+    text = compiled(chip, branch, x, *kernels).as_text()
+    assert "tpu_custom_call" in text
+    assert not re.search(r"= bf16\[128,197,1152\]\S* (copy|transpose)\(", text)

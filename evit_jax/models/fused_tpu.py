@@ -15,6 +15,7 @@ The backward pass makes the map again from the same (B, N, 3 D), so nothing else
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 IMAGES = 4  # of one step of the grid, at most
-LONGEST = 512  # tokens whose maps fit: a few arrays of N x N float32 beside the images
+ROOM = 14 * 2**20  # bytes of fast memory for their blocks, each held twice; the compiler allows 16
+LONGEST = 256  # tokens; the code of a map is unrolled, and longer ones were not tried
 F32 = jnp.float32
 
 
@@ -199,7 +201,9 @@ def call(kernel, inputs, outputs, name, interpret):
       outputs: shapes and dtypes.
     """
     batch = inputs[0].shape[0]
-    images = next(n for n in range(min(IMAGES, batch), 0, -1) if batch % n == 0)
+    image = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in (*inputs, *outputs))
+    most = max(1, min(IMAGES, batch, ROOM // (2 * image)))
+    images = next(n for n in range(most, 0, -1) if batch % n == 0)
     blocks = [
         pl.BlockSpec((images, *a.shape[1:]), lambda step: (step, 0, 0)) for a in (*inputs, *outputs)
     ]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as one kernel of cuDNN: neither its logits nor its map are ever written to memory.
+
+Letters as in attention.py. Heads stay behind tokens, (B, N, H, C), which is how the kernel reads
+and writes them, so nothing is turned around.
+
+jax lets a program have the kernel only where the process that traces it finds cuDNN, whatever the
+program is compiled for, and export refuses the kernel unless told that its target is trusted:
+
+    jax.export.export(..., disabled_checks=[*map(DisabledSafetyCheck.custom_call, EXPORTED)])
+
+So whether a program may have it is decided when it is traced, by `has_cudnn`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+AMPERE = 8.0  # the first compute capability that has the kernel
+EXPORTED = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn") -> jax.Array:
+    """softmax(q k^T) v.
+
+    Args:
+      q: (B, Q, H, C), scaled; float16 or bfloat16.
+      k, v: (B, N, H, C), of the same dtype.
+      implementation: of `jax.nn.dot_product_attention`; "xla" is the same function for any chip.
+
+    Returns:
+      (B, Q, H, C) in the dtype of q; the map meets v in that dtype too.
+
+    Raises:
+      RuntimeError: where this process has no cuDNN.
+      NotImplementedError: for a width of heads that the kernel does not take.
+    """
+    return kernel(q, k, v, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def kernel(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
+    """`attend`, whose gradient is that of `even`."""
+    return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation=implementation)
+
+
+def even(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
+    """The same by an even number of queries and of keys, one of each more where they are odd.
+
+    To train with an odd number is refused by jax, which takes every call for one with a bias.
+    """
+    sides, lengths = (q.shape[1], k.shape[1]), {}
+    if any(side % 2 for side in sides):
+        q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+        names = "query_seq_lengths", "key_value_seq_lengths"
+        lengths = {
+            name: jnp.full(q.shape[:1], side, jnp.int32)
+            for name, side in zip(names, sides, strict=True)
+        }
+    seen = jax.nn.dot_product_attention(
+        q, k, v, scale=1.0, implementation=implementation, **lengths
+    )
+    return seen[:, : sides[0]]
+
+
+def kernel_forward(q, k, v, implementation):
+    return jax.vjp(functools.partial(even, implementation=implementation), q, k, v)
+
+
+def kernel_backward(implementation, back, gradient):
+    del implementation
+    return back(gradient)
+
+
+kernel.defvjp(kernel_forward, kernel_backward)
+
+
+def has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+    """Whether `attend` can be traced here, for programs that run on this process's GPUs.
+
+    Without a GPU in the process, cuDNN's library is enough: such a program is for another machine.
+
+    Args:
+      q, k, v: as for `attend`, or their shapes and dtypes.
+    """
+    if any(jnp.dtype(part.dtype).itemsize != 2 for part in (q, k, v)):
+        return False
+    # Versions of jax differ in which error says that there is no cuDNN, or no kernel for a shape.
+    try:
+        jax.eval_shape(lambda *args: jax.vjp(attend, *args)[0], q, k, v)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return False
+    return all(capability >= AMPERE for capability in capabilities())
+
+
+def capabilities() -> list[float]:
+    """The compute capability of each of this process's NVIDIA GPUs, such as 9.0 of an H100."""
+    try:
+        gpus = jax.local_devices(backend="cuda")
+    except RuntimeError:  # no such backend
+        return []
+    return [float(gpu.compute_capability) for gpu in gpus]
+
+
+def attend_weighted(
+    q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array, implementation: str = "cudnn"
+) -> jax.Array:
+    """The same where each key's weight, at least 1, multiplies its exp(logit).
+
+    A smaller weight would break the rule that a token counts itself with at least 1, which takes
+    the sum of the whole row in float32, and jax hands it out in the dtype of q only.
+
+    Args:
+      q, k, v: as for `attend`.
+      weight: (B, N) float32 >= 1, such as sizes of merged tokens.
+      implementation: as for `attend`.
+    """
+    width = v.shape[-1]
+    q, k = with_log_weights(q, k, weight)
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - width)))  # all heads alike in width
+    return attend(q, k, v, implementation)[..., :width]
+
+
+def with_log_weights(
+    q: jax.Array, k: jax.Array, weight: jax.Array, features: int = 8
+) -> tuple[jax.Array, jax.Array]:
+    """Weights of keys as more features of q and k, for kernels that take no bias.
+
+    q k^T of the result is q k^T + log(weight): a weight multiplies its key's exp(logit). A weight
+    of 0 hides its key from everyone, the token itself included.
+
+    The logarithm is split into two numbers, since one of half precision would be off by up to 1 %
+    of the weight; what is left is 2^-16 of the logarithm in bfloat16.
+
+    Args:
+      q: (B, Q, H, C).
+      k: (B, N, H, C).
+      weight: (B, N) float32 >= 0.
+      features: how many to add, at least 2; cuDNN takes widths of heads that 8 divides.
+
+    Returns:
+      (B, Q, H, C + features) and (B, N, H, C + features) in the dtypes of q and k.
+    """
+    # Finite, as 0 * inf is not a number, and far below any logit, even in float16.
+    log = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1.0)), -6e4)
+    high = log.astype(k.dtype)
+    low = (log - high.astype(log.dtype)).astype(k.dtype)
+    heads = (*k.shape[:3], 1)
+    parts = (jnp.broadcast_to(part[:, :, None, None], heads) for part in (high, low))
+    k = jnp.concatenate([k, *parts, jnp.zeros((*k.shape[:3], features - 2), k.dtype)], axis=-1)
+    asked = jnp.arange(features) < 2
+    more = jnp.broadcast_to(asked.astype(q.dtype), (*q.shape[:3], features))
+    return jnp.concatenate([q, more], axis=-1), k

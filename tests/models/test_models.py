@@ -128,7 +128,10 @@ def test_a_patch_is_a_rectangle_of_its_image():
         image, kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     expected = convolved.reshape(1, 16, 32) + params["patch_embed"]["bias"][None, None]
-    tokens = model.apply({"params": params}, image, None, method="embed")
+    _, state = model.apply(
+        {"params": params}, image, capture_intermediates=lambda _, name: name == "embed"
+    )
+    tokens = state["intermediates"]["embed"][0]
     embedded = tokens.x[:, 1:] - params["pos_embed"][:, 1:]
     np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from evit_jax.models import fused_gpu, fused_tpu
 from evit_jax.models.layers import Affine
 from evit_jax.runtime.forms import EXACT, Form, by_chip
 from evit_jax.runtime.layouts import tokens_outside
@@ -78,53 +79,39 @@ def attend_weighted(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array)
     return (product(unscaled, v) + rest * v[:, :, :queries]) / total
 
 
-def one_product(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, first: int | None
+def query_key_value(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, columns: slice, first: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q (B, H, Q, C), scaled, k and v (B, H, N, C), sliced from a single product.
+    """q (B, Q, E), not scaled, k and v (B, N, E), of three products.
 
     Args:
       x: (B, N, D).
-      kernel, bias: (D, 3, H, C) and (3, H, C).
+      kernel, bias: (D, 3 D) and (3 D,), sliced here as they are stored: of another form each slice
+        is one more array, and a TPU's compiler gives up fast memory where there are too many.
+      columns: E of the D columns of each, such as those of some heads.
       first: Q, the tokens that ask; None: all.
     """
-    width, _, heads, head_width = kernel.shape
-    qkv = x @ kernel.reshape(width, -1) + bias.reshape(1, 1, -1)
-    qkv = qkv.reshape(*x.shape[:2], 3, heads, head_width)
-    # Scale q before the transpose; XLA fuses it into the copy.
-    q = (qkv[:, :first, 0] * head_width**-0.5).transpose(0, 2, 1, 3)
-    k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in (1, 2))
+    width = x.shape[-1]
+    ranges = [slice(i * width + columns.start, i * width + columns.stop) for i in range(3)]
+    asking = (x[:, :first], x, x)
+    q, k, v = (
+        some @ kernel[:, at] + bias[None, None, at] for some, at in zip(asking, ranges, strict=True)
+    )
     return q, k, v
 
 
-def three_products(
-    x: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    heads: slice,
-    num_heads: int,
-    first: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same for some of the heads, of three products, each laid out as the next one reads it.
-
-    Args:
-      kernel, bias: (D, 3 D) and (3 D,), sliced here as they are stored: of another form each slice
-        is one more array, and a TPU's compiler gives up fast memory where there are too many.
-    """
-    width = x.shape[-1]
-    head_width = width // num_heads
-
-    def product(x, number):
-        start = number * width
-        columns = slice(start + heads.start * head_width, start + heads.stop * head_width)
-        y = tokens_outside(x @ kernel[:, columns] + bias[None, None, columns])
-        return y.reshape(*y.shape[:2], -1, head_width).transpose(0, 2, 1, 3)
-
-    q, k, v = product(x[:, :first], 0), product(x, 1), product(x, 2)
-    return q * head_width**-0.5, k, v
+def heads_first(x: jax.Array, head_width: int) -> jax.Array:
+    """(B, N, H * C) -> (B, H, N, C)."""
+    return x.reshape(*x.shape[:2], -1, head_width).transpose(0, 2, 1, 3)
 
 
-def class_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def heads_last(x: jax.Array) -> jax.Array:
+    """(B, H, N, C) -> (B, N, H * C)."""
+    x = x.transpose(0, 2, 1, 3)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def class_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: int) -> jax.Array:
     """Logits of the first token's query, up to a number that all keys share, from the tokens.
 
     q (x W_k)^T is (q W_k^T) x^T: on a TPU another reader of q and k makes the compiler choose other
@@ -132,15 +119,79 @@ def class_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
     Args:
       x: (B, N, D).
-      kernel, bias: (D, 3, H, C) and (3, H, C).
+      kernel, bias: (D, 3 D) and (3 D,).
 
     Returns:
       (B, H, N) float32.
     """
+    kernel = kernel.reshape(x.shape[-1], 3, num_heads, -1)
+    bias = bias.reshape(3, num_heads, -1)
     q = jnp.einsum("bd,dhc->bhc", x[:, 0], kernel[:, 0]) + bias[None, 0]
     q = q * kernel.shape[-1] ** -0.5
     asked = jnp.einsum("bhc,dhc->bhd", q, kernel[:, 1])
     return jnp.einsum("bhd,bnd->bhn", asked, x, **TO_F32)
+
+
+def with_all_heads(x, kernel, bias, weight, num_heads, first, form):
+    """Attention from one product for q, k and v, sliced after it. See `attention_branch`."""
+    batch, length, width = x.shape
+    qkv = (x @ kernel + bias[None, None]).reshape(batch, length, 3, num_heads, -1)
+    # Scale q before the transpose; XLA fuses it into the copy.
+    q = (qkv[:, :first, 0] * (width // num_heads) ** -0.5).transpose(0, 2, 1, 3)
+    k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in (1, 2))
+    y = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
+    row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
+    return heads_last(y.astype(x.dtype)), dict(q=q, k=k, v=v, row=row)
+
+
+def with_some_heads_at_a_time(x, kernel, bias, weight, num_heads, first, form):
+    """Attention from products of their own for q, k and v. See `attention_branch`.
+
+    Everything between the products has its tokens outside, as a TPU reads and writes it.
+    """
+    length, width = x.shape[1:]
+    head_width = width // num_heads
+    x = jax.lax.optimization_barrier(x)  # read many times: compute the norm before it once
+    size = num_heads
+    if weight is None and length > form.lanes:
+        size = min(max(form.lanes // head_width, 1), num_heads)
+
+    seen, parts = [], []
+    for start in range(0, num_heads, size):
+        columns = slice(start * head_width, min(start + size, num_heads) * head_width)
+        three = query_key_value(x, kernel, bias, columns, first)
+        q, k, v = (heads_first(tokens_outside(part), head_width) for part in three)
+        q = q * head_width**-0.5
+        y = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
+        seen.append(tokens_outside(heads_last(y.astype(x.dtype))))
+        parts.append((q, k, v))
+    q, k, v = (jnp.concatenate(some, axis=1) for some in zip(*parts, strict=True))
+    y = jnp.concatenate(seen, axis=-1) if len(seen) > 1 else seen[0]
+    row = class_logits(x, kernel, bias, num_heads)
+    return y, dict(q=q, k=k, v=v, row=row)
+
+
+def by_cudnn(x, kernel, bias, num_heads):
+    """Attention by cuDNN's kernel, which writes no map. See `attention_branch`."""
+    width = x.shape[-1]
+    q, k, v = (
+        part.reshape(*x.shape[:2], num_heads, -1)
+        for part in query_key_value(x, kernel, bias, slice(0, width))
+    )
+    q = q * (width // num_heads) ** -0.5
+    y = fused_gpu.attend(q, k, v)
+    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
+    row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
+    return y.reshape(x.shape), dict(q=q, k=k, v=v, row=row)
+
+
+def by_pallas(x, kernel, bias, weight, num_heads):
+    """Attention by our kernel for TPUs, which writes no map. See `attention_branch`."""
+    head_width = x.shape[-1] // num_heads
+    qkv = x @ kernel + bias[None, None]
+    y, row = fused_tpu.attend(qkv, weight, num_heads)
+    q, k, v = (heads_first(part, head_width) for part in jnp.split(qkv, 3, axis=-1))
+    return y, dict(q=q * head_width**-0.5, k=k, v=v, row=row)
 
 
 def attention_branch(
@@ -151,6 +202,7 @@ def attention_branch(
     *,
     num_heads: int,
     first: int | None,
+    pallas: bool = False,
     form: Form = EXACT,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Multi-head self-attention from its parameters, in the form of a chip.
@@ -161,39 +213,23 @@ def attention_branch(
         dtype of x.
       weight: (B, N) float32 >= 0, or None for the plain softmax.
       first: Q, the tokens that ask; None: all.
+      pallas: by the Pallas kernel, where the form has one and it takes these shapes.
 
     Returns:
       (B, Q, D) and, by name, q (B, H, Q, C) scaled, k and v (B, H, N, C), all in the dtype of x,
       and `row` (B, H, N) float32, the logits of the first token's query.
     """
-    length, width = x.shape[1:]
-    sides = 3, num_heads, width // num_heads
-    qkv, bias = kernels[0].reshape(width, *sides), biases[0].reshape(sides)
-    size = num_heads
-    if not form.fused_qkv:
-        x = jax.lax.optimization_barrier(x)  # read many times: compute the norm before it once
-        if weight is None and length > form.lanes:
-            size = min(max(form.lanes // sides[-1], 1), num_heads)
-
-    seen, parts = [], []
-    for start in range(0, num_heads, size):
-        heads = slice(start, min(start + size, num_heads))
-        if form.fused_qkv:
-            q, k, v = one_product(x, qkv, bias, first)
-        else:
-            q, k, v = three_products(x, kernels[0], biases[0], heads, num_heads, first)
-        y = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
-        y = y.astype(x.dtype).transpose(0, 2, 1, 3)  # (B, Q, heads, C)
-        y = y.reshape(*y.shape[:2], -1)
-        seen.append(y if form.fused_qkv else tokens_outside(y))
-        parts.append((q, k, v))
-    y = (jnp.concatenate(seen, axis=-1) if len(seen) > 1 else seen[0]) @ kernels[1]
-    q, k, v = (jnp.concatenate(some, axis=1) for some in zip(*parts, strict=True))
-    if form.fused_qkv:
-        row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
+    length, head_width = x.shape[1], x.shape[2] // num_heads
+    whole = first is None
+    inputs = x, kernels[0], biases[0]
+    if pallas and form.pallas and whole and fused_tpu.supports(length, num_heads, head_width):
+        y, parts = by_pallas(*inputs, weight, num_heads)
+    elif form.cudnn and whole and weight is None and fused_gpu.has_cudnn(x, num_heads):
+        y, parts = by_cudnn(*inputs, num_heads)
     else:
-        row = class_logits(x, qkv, bias)
-    return y + biases[1][None, None], dict(q=q, k=k, v=v, row=row)
+        plain = with_all_heads if form.fused_qkv else with_some_heads_at_a_time
+        y, parts = plain(*inputs, weight, num_heads, first, form)
+    return y @ kernels[1] + biases[1][None, None], parts
 
 
 class Attention(nn.Module):
@@ -201,6 +237,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
+    pallas: bool = False  # see `Backbone.pallas`
 
     @nn.compact
     def __call__(
@@ -213,6 +250,8 @@ class Attention(nn.Module):
         width = x.shape[-1]
         layers = Affine(3 * width, name="qkv")(width), Affine(width, name="proj")(width)
         kernels, biases = zip(*jax.tree.map(lambda a: a.astype(self.dtype), layers), strict=True)
-        branch = functools.partial(attention_branch, num_heads=self.num_heads, first=first)
+        branch = functools.partial(
+            attention_branch, num_heads=self.num_heads, first=first, pallas=self.pallas
+        )
         inputs = x.astype(self.dtype), kernels, biases, weight
         return by_chip(branch, *inputs, dtype=self.dtype)

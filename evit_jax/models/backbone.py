@@ -56,6 +56,9 @@ class Backbone(nn.Module):
     reducer: Reducer = EViT()
     remat: bool = False  # recompute each block in the backward pass instead of storing its insides
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    # On a TPU, attention by a Pallas kernel (models/fused_tpu.py) in programs for a single chip:
+    # XLA cannot split it over several. Not timed on a TPU yet, so not the default.
+    pallas: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -34,6 +34,7 @@ class Block(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    pallas: bool = False  # see `Backbone.pallas`
 
     @nn.compact
     def __call__(
@@ -54,7 +55,7 @@ class Block(nn.Module):
             tokens = reduce(self, self.reducer, tokens, signals, self.keep)
 
         before = tokens.x
-        attention = Attention(self.num_heads, self.dtype, name="attn")
+        attention = Attention(self.num_heads, self.dtype, self.pallas, name="attn")
         y, parts = attention(norm("norm1")(before), tokens.weight, first)
         y = dropout(y, self.dropout_rate, fold(rngs, 0))
         y = dropout(y, self.drop_path_rate, fold(rngs, 1), whole=True)

@@ -76,19 +76,26 @@ def kernel_backward(implementation, back, gradient):
 kernel.defvjp(kernel_forward, kernel_backward)
 
 
-def has_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
+def has_cudnn(x: jax.Array, num_heads: int) -> bool:
     """Whether `attend` can be traced here, for programs that run on this process's GPUs.
 
     Without a GPU in the process, cuDNN's library is enough: such a program is for another machine.
 
     Args:
-      q, k, v: as for `attend`, or their shapes and dtypes.
+      x: (B, N, D), all heads of q, of k or of v, or its shape and dtype.
     """
-    if any(jnp.dtype(part.dtype).itemsize != 2 for part in (q, k, v)):
+    return cudnn_takes(x.shape, jnp.dtype(x.dtype).name, num_heads)
+
+
+@functools.lru_cache(maxsize=256)
+def cudnn_takes(shape: tuple[int, int, int], dtype: str, num_heads: int) -> bool:
+    """The same from shape and dtype, looked up once for all blocks."""
+    if jnp.dtype(dtype).itemsize != 2:
         return False
+    part = jax.ShapeDtypeStruct((*shape[:2], num_heads, shape[2] // num_heads), dtype)
     # Versions of jax differ in which error says that there is no cuDNN, or no kernel for a shape.
     try:
-        jax.eval_shape(lambda *args: jax.vjp(attend, *args)[0], q, k, v)
+        jax.eval_shape(lambda *args: jax.vjp(attend, *args)[0], part, part, part)
     except (NotImplementedError, RuntimeError, ValueError):
         return False
     return all(capability >= AMPERE for capability in capabilities())

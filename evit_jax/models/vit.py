@@ -83,6 +83,7 @@ class ViT(Backbone):
                 dropout_rate=self.dropout_rate,
                 drop_path_rate=self.drop_path_rate * i / max(self.depth - 1, 1),
                 dtype=self.dtype,
+                pallas=self.pallas,
                 name=f"blocks_{i}",
             )
             # Recomputed blocks store what goes in, so signals go in only where they are read.

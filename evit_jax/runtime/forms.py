@@ -30,6 +30,10 @@ class Form:
     # Of three products: where there are more tokens than this, only as many heads as fill so many
     # lanes attend at a time. Their map stays in a TPU's fast memory, that of all would not fit.
     lanes: int = 128
+    # cuDNN's attention kernel, where the process that traces the program has it.
+    cudnn: bool = False
+    # Our Pallas kernel, where a model asks for it.
+    pallas: bool = False
     # Patches by a convolution, not by a product of rows that a copy has to make first.
     convolve: bool = False
     # Pick tokens by a product with a one-hot matrix instead of a gather.
@@ -39,8 +43,10 @@ class Form:
 
 
 EXACT = Form()
-TPU = Form(fused_qkv=False, normalize_map=True, convolve=True, one_hot=True, tanh_gelu=True)
-HALF_PRECISION = dict(tpu=TPU, cuda=Form(normalize_map=True, tile=8, tanh_gelu=True))
+TPU = Form(
+    fused_qkv=False, normalize_map=True, pallas=True, convolve=True, one_hot=True, tanh_gelu=True
+)
+HALF_PRECISION = dict(tpu=TPU, cuda=Form(cudnn=True, normalize_map=True, tile=8, tanh_gelu=True))
 # A one-hot product of float32 is exact only at six times the cost.
 SINGLE_PRECISION = dict(tpu=dataclasses.replace(TPU, one_hot=False, tanh_gelu=False))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evit_jax.models import build_model, fused_gpu, fused_tpu, init_params
 from evit_jax.models.attention import attention_branch
 from evit_jax.models.layers import embed_patches, gelu
 from evit_jax.runtime.forms import EXACT, HALF_PRECISION, SINGLE_PRECISION, Form
@@ -67,6 +68,60 @@ def test_a_form_has_the_exact_gradient(name):
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(got), strict=True):
         # Sums of a few hundred terms of size 1, in another order.
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("first", [None, 1])
+def test_cudnns_kernel_takes_whole_blocks_without_weights(monkeypatch, first, weighted):
+    taken = []
+
+    def kernel(q, k, v):
+        taken.append(q.shape)
+        return jax.nn.dot_product_attention(q, k, v, scale=1.0)
+
+    monkeypatch.setattr(fused_gpu, "attend", kernel)
+    monkeypatch.setattr(fused_gpu, "has_cudnn", lambda x, num_heads: True)
+    x, kernels, biases, weight = inputs(9)
+    weight = weight if weighted else None
+    got, others = branch(Form(cudnn=True), first)(x, kernels, biases, weight)
+    expected, parts = branch(EXACT, first)(x, kernels, biases, weight)
+    assert taken == ([(BATCH, 9, HEADS, WIDTH // HEADS)] if first is None and not weighted else [])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+    for name, part in parts.items():
+        np.testing.assert_allclose(others[name], part, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_pallas_kernel_takes_blocks_of_models_that_ask_for_it(monkeypatch, weighted):
+    interpreted = functools.partial(fused_tpu.attend.__wrapped__, interpret=True)
+    monkeypatch.setattr(fused_tpu, "attend", interpreted)
+    rng = np.random.default_rng(0)
+    width, heads = 128, 2  # that fill the lanes of a TPU
+    sides = (BATCH, 9, width), (width, 3 * width), (width, width), (3 * width,), (width,)
+    x, *rest = (jnp.asarray(rng.normal(size=side), jnp.float32) for side in sides)
+    kernels, biases = (rest[0] / 11, rest[1] / 11), tuple(rest[2:])
+    weight = jnp.asarray(rng.choice([0, 0.5, 1, 3], (BATCH, 9)), jnp.float32) if weighted else None
+    args = x, kernels, biases, weight
+    settings = dict(num_heads=heads, first=None)
+    expected, parts = attention_branch(*args, **settings)
+    got, others = attention_branch(*args, **settings, pallas=True, form=Form(pallas=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+    for name, part in parts.items():
+        np.testing.assert_allclose(others[name], part, rtol=1e-5, atol=2e-5)
+    without, _ = attention_branch(*args, **settings, pallas=False, form=Form(pallas=True))
+    np.testing.assert_array_equal(without, expected)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_model_has_pallas_kernels_on_a_tpu_where_it_asks_for_them(asked):
+    sizes = dict(image_size=32, patch_size=8, width=128, depth=3, num_heads=2, num_classes=10)
+    model = build_model("vit", **sizes, keep_rate=0.5, layers=(1,), dtype="bfloat16", pallas=asked)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    logits = jax.jit(lambda params, images: model.apply({"params": params}, images)[0])
+    lowered = logits.trace(params, images).lower(lowering_platforms=("tpu",)).as_text()
+    # Not in the last block, in which the class token alone asks.
+    assert lowered.count("tpu_custom_call") == (2 if asked else 0)
 
 
 @pytest.mark.parametrize(("lanes", "maps"), [(11, 1), (128, 1), (8, 3), (10, 3)])

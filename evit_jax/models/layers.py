@@ -18,13 +18,27 @@ weight_init = nn.initializers.normal(0.02)
 @jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
     """GELU, x * Phi(x). For the backward pass only x is stored, and the rest redone."""
+    return by_chip(gelu_of, x, dtype=x.dtype)
 
-    def of(x: jax.Array, form: Form) -> jax.Array:
-        if form.tanh_gelu:
-            return nn.gelu(x, approximate=True)
-        return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
-    return by_chip(of, x, dtype=x.dtype)
+def gelu_of(x: jax.Array, form: Form = EXACT) -> jax.Array:
+    """GELU in the form of a chip."""
+    if form.tanh_gelu:
+        return nn.gelu(x, approximate=True)
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def gelu_then_dense(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, form: Form = EXACT
+) -> jax.Array:
+    """GELU of x (B, N, E), then a dense layer (E, D) and (D,) -> (B, N, D)."""
+
+    def both(x, kernel, bias):
+        return gelu_of(x, form) @ kernel + bias[None, None]
+
+    if form.redo_gelu:  # in the backward pass, instead of storing what enters the product
+        return jax.checkpoint(both)(x, kernel, bias)
+    return gelu(x) @ kernel + bias[None, None]
 
 
 def norm(name: str) -> nn.LayerNorm:
@@ -112,8 +126,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rngs: jax.Array | None) -> jax.Array:
-        dense = dict(kernel_init=weight_init, dtype=self.dtype)
-        y = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
-        y = dropout(y, self.dropout_rate, fold(rngs, 0))
-        y = nn.Dense(x.shape[-1], name="fc2", **dense)(y)
-        return dropout(y, self.dropout_rate, fold(rngs, 1))
+        y = nn.Dense(self.hidden, name="fc1", kernel_init=weight_init, dtype=self.dtype)(x)
+        layer = Affine(x.shape[-1], name="fc2")(self.hidden)
+        kernel, bias = (a.astype(self.dtype) for a in layer)
+        if rngs is None or not self.dropout_rate:
+            return by_chip(gelu_then_dense, y, kernel, bias, dtype=self.dtype)
+        y = dropout(gelu(y), self.dropout_rate, fold(rngs, 0))
+        return dropout(y @ kernel + bias[None, None], self.dropout_rate, fold(rngs, 1))

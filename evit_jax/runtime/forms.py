@@ -40,11 +40,20 @@ class Form:
     one_hot: bool = False
     # GELU by tanh, at most 5e-4 from the exact one: less than bfloat16 rounds a 1 by.
     tanh_gelu: bool = False
+    # Take GELU again in the backward pass instead of storing what it gave the next product: a
+    # third of a block's activations, which a TPU computes faster than it reads them.
+    redo_gelu: bool = False
 
 
 EXACT = Form()
 TPU = Form(
-    fused_qkv=False, normalize_map=True, pallas=True, convolve=True, one_hot=True, tanh_gelu=True
+    fused_qkv=False,
+    normalize_map=True,
+    pallas=True,
+    convolve=True,
+    one_hot=True,
+    tanh_gelu=True,
+    redo_gelu=True,
 )
 HALF_PRECISION = dict(tpu=TPU, cuda=Form(cudnn=True, normalize_map=True, tile=8, tanh_gelu=True))
 # A one-hot product of float32 is exact only at six times the cost.

@@ -28,12 +28,10 @@ def takes(dtype):
     return answer
 
 
-def plain(q, k, v, weight=None):
+def plain(q, k, v):
     """The attention of attention.py, whose heads are before tokens."""
     q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
-    if weight is None:
-        return attention.attend(q, k, v).swapaxes(1, 2)
-    return attention.attend_weighted(q, k, v, weight).swapaxes(1, 2)
+    return attention.attend(q, k, v).swapaxes(1, 2)
 
 
 @pytest.mark.parametrize("queries", [1, 4, LENGTH])
@@ -50,44 +48,6 @@ def test_the_kernels_function_is_our_attention_and_has_its_gradient(queries):
     got, exact = (jax.grad(loss(attend), (0, 1, 2))(*args) for attend in (ours, plain))
     for a, b in zip(got, exact, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_as_features_are_the_weighted_attention(dtype):
-    q, k, v = (part.astype(jnp.float32) for part in inputs(dtype))
-    rng = np.random.default_rng(0)
-    weight = jnp.asarray(rng.choice([1, 1.5, 2, 37, 196], (BATCH, LENGTH)), jnp.float32)
-    more = fused_gpu.with_log_weights(q.astype(dtype), k.astype(dtype), weight)
-    assert {part.dtype for part in more} == {jnp.dtype(dtype)}
-    assert {part.shape[-1] for part in more} == {WIDTH + 8}
-    # The kernel adds up logits in float32, whatever the dtype of what it reads.
-    logits = jnp.einsum("bqhc,bkhc->bhqk", *(part.astype(jnp.float32) for part in more))
-    got = jnp.einsum("bhqk,bkhc->bqhc", jax.nn.softmax(logits), v)
-    tolerance = 1e-5 if dtype == "float32" else 2e-4  # 2^-16 of a logarithm of 5, twice
-    np.testing.assert_allclose(got, plain(q, k, v, weight), rtol=tolerance, atol=tolerance)
-
-
-def test_the_weighted_kernels_function_is_our_weighted_attention_and_has_its_gradient():
-    args = inputs()
-    weight = jnp.asarray(np.random.default_rng(0).integers(2, 9, (BATCH, LENGTH)), jnp.float32)
-
-    def loss(attend, **options):
-        return lambda *args: jnp.sum(jnp.sin(attend(*args, **options)))
-
-    ours = loss(fused_gpu.attend_weighted, implementation="xla")
-    got, exact = (jax.grad(one, (0, 1, 2, 3))(*args, weight) for one in (ours, loss(plain)))
-    for a, b in zip(got, exact, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_key_of_weight_0_is_invisible(dtype):
-    q, k, v = inputs(dtype)
-    weight = jnp.ones((BATCH, LENGTH)).at[:, 5:].set(0.0)
-    got = fused_gpu.attend_weighted(q, k, v, weight, implementation="xla")
-    expected = plain(q, k[:, :5], v[:, :5])
-    tolerance = 1e-5 if dtype == "float32" else 2e-3
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_single_precision_has_no_kernel():

@@ -113,6 +113,7 @@ class Signals:
     rng          (B,) random keys in training, one per image (None otherwise), for sampling.
     blocks       at the site "output": the signals of every block, else ().
     class_token  static: whether the first token is a class token.
+    grid         static: rows and columns of the original patches.
     prefix, layer, depth, train   static: tokens never reduced, this block's number, the number of
                  blocks, and whether the model is training.
     """
@@ -129,6 +130,7 @@ class Signals:
     rng: jax.Array | None = None
     blocks: tuple["Signals", ...] = ()
     class_token: bool = struct.field(pytree_node=False, default=True)
+    grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
     prefix: int = struct.field(pytree_node=False, default=1)
     layer: int = struct.field(pytree_node=False, default=0)
     depth: int = struct.field(pytree_node=False, default=1)
@@ -225,6 +227,18 @@ class Reducer:
         """The fewest of n patch tokens this method can keep."""
         del n, prefix
         return 1
+
+    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
+        """Multiply-accumulates of one image that the method itself spends on pairs of tokens.
+
+        Such as similarities, or an attention map that is made for it alone. What grows with n but
+        not with its square is not counted, as nowhere in `plan.flops`.
+
+        Args:
+          n, keep: patch tokens before it, and what it keeps of them.
+        """
+        del n, keep, prefix, width, num_heads
+        return 0
 
     def schedule(self, patches: int, prefix: int, layers: tuple[int, ...], depth: int) -> Keep:
         """What each block keeps when the user names neither rates nor counts: everything."""

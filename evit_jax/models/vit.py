@@ -69,7 +69,11 @@ class ViT(Backbone):
         tokens = self.embed(images, fold(rngs, self.depth))
 
         nothing = Signals(
-            class_token=self.class_token, prefix=self.prefix, depth=self.depth, train=train
+            class_token=self.class_token,
+            grid=self.grid,
+            prefix=self.prefix,
+            depth=self.depth,
+            train=train,
         )
         seen, owners, blocks = [], [], []
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block  # 4 is `first`

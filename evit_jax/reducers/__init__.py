@@ -17,8 +17,9 @@ from evit_jax.tokens import Reducer
 
 
 def known_reducers() -> list[str]:
-    """The names of all methods: the files in this folder."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The names of all methods: the files in this folder but for those that begin with "_"."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def create_reducer(spec: str | Mapping | Reducer) -> Reducer:

@@ -32,6 +32,10 @@ class ToMe(Reducer):
     def smallest(self, n: int, prefix: int) -> int:
         return n - n // 2
 
+    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
+        length = prefix + n
+        return (length - length // 2) * (length // 2) * (width // num_heads)
+
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
 

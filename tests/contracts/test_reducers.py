@@ -55,6 +55,7 @@ def example(prefix=1, seed=0, batch=BATCH, train=False):
         before=jnp.asarray(rng.normal(size=tokens.x.shape), jnp.float32),
         after=tokens.x,
         rng=jax.random.split(jax.random.key(seed), batch) if train else None,
+        grid=(3, 4),
         prefix=prefix,
         train=train,
     )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods that merge patches share: similarities, ranks, and the merge itself.
+
+Letters: B images, n patch tokens, K of them afterwards, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from evit_jax.runtime.forms import EXACT, Form, by_chip
+from evit_jax.runtime.layouts import tokens_outside
+from evit_jax.tokens import F32, Tokens, follow
+
+
+def cosines(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    """Cosine of every pair: x (B, n, D), y (B, m, D) or x itself -> (B, n, m) float32.
+
+    No gradient passes: which tokens resemble each other is a decision. A vector of zeros resembles
+    nothing.
+    """
+
+    def unit(array):
+        array = jax.lax.stop_gradient(array.astype(F32))
+        length = jnp.linalg.norm(array, axis=-1, keepdims=True)
+        return array / jnp.maximum(length, jnp.finfo(F32).tiny)
+
+    dtype, left = x.dtype, unit(x)
+    right = left if y is None else unit(y)
+    pair = left.astype(dtype), right.astype(dtype)
+    return jnp.einsum("bid,bjd->bij", *pair, preferred_element_type=F32)
+
+
+def rank(scores: jax.Array) -> jax.Array:
+    """(B, n) -> (B, n) int32: the place of each in descending order, ties to the lower index.
+
+    Every pair is compared, which a chip does faster than it sorts so few.
+    """
+    ahead = scores[:, None] > scores[:, :, None]  # (B, i, j): j goes before i
+    lower = jnp.tril(jnp.ones(ahead.shape[1:], bool), -1)[None]
+    ahead |= lower & (scores[:, None] == scores[:, :, None])
+    return jnp.sum(ahead, axis=2, dtype=jnp.int32)
+
+
+def places(kept: jax.Array, before: jax.Array) -> jax.Array:
+    """Places of the kept tokens among themselves, and -1 for the others: (B, n) int32.
+
+    Args:
+      kept: (B, n) bool.
+      before: (B, n) int32, such as `rank`: kept tokens come out in ascending order of it.
+    """
+    ahead = kept[:, None] & (before[:, None] < before[:, :, None])
+    return jnp.where(kept, jnp.sum(ahead, axis=2, dtype=jnp.int32), -1)
+
+
+def total(values: jax.Array, place: jax.Array, count: int) -> jax.Array:
+    """Sums of values (B, n) over the tokens of each place: (B, count); place -1 goes nowhere."""
+    member = place[:, None] == jnp.arange(count, dtype=place.dtype)[None, :, None]
+    return jnp.sum(jnp.where(member, values[:, None], 0), axis=2)
+
+
+def at_place(values: jax.Array, place: jax.Array) -> jax.Array:
+    """values (B, count) of each token's place: (B, n); anything where the place is -1."""
+    return jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1, mode="clip")
+
+
+def pool(
+    x: jax.Array, place: jax.Array, share: jax.Array, count: int, form: Form = EXACT
+) -> jax.Array:
+    """Weighted sums of tokens x (B, n, D) over each place: (B, count, D) float32.
+
+    Args:
+      place: (B, n) int32 in [0, count), or -1: in no sum.
+      share: (B, n) float32, weights.
+    """
+    if form.one_hot:
+        member = place[:, None] == jnp.arange(count, dtype=place.dtype)[None, :, None]
+        matrix = jnp.where(member, share[:, None], 0).astype(x.dtype)
+        y = jnp.einsum("bkn,bnd->bkd", matrix, x, preferred_element_type=F32)
+        return tokens_outside(y)
+    rows = jnp.arange(x.shape[0])[:, None]
+    place = jnp.where(place < 0, count, place)  # one past the end is left out
+    sums = jnp.zeros((x.shape[0], count, x.shape[2]), F32)
+    return sums.at[rows, place].add(x.astype(F32) * share[..., None], mode="drop")
+
+
+def merge(
+    tokens: Tokens,
+    place: jax.Array,
+    share: jax.Array,
+    count: int,
+    *,
+    proportional: bool,
+    keep_length: bool = False,
+) -> Tokens:
+    """Patch tokens become `count` weighted means; a token alone in its place is itself, exactly.
+
+    Sizes are summed, positions and weights of keys are means weighted by size.
+
+    Args:
+      place: (B, n) int32 in [0, count), each of which has a token; -1 drops a token.
+      share: (B, n) float32 > 0, weights of the means, which need no sum.
+      proportional: later attention weighs a token by its size (proportional attention, ToMe).
+      keep_length: rescale each mean to the mean length of its tokens: means are shorter than what
+        they are of.
+    """
+    prefix = tokens.prefix
+    patches, size = tokens.x[:, prefix:], tokens.size[:, prefix:]
+    share = share / at_place(total(share, place, count), place)
+    # As the product reads them; of what rounding leaves of them they are still means.
+    share = share.astype(tokens.x.dtype).astype(F32)
+    sums = total(share, place, count)[..., None]  # (B, K, 1)
+    x = by_chip(
+        lambda *args, form: pool(*args, count, form),
+        patches,
+        place,
+        share,
+        dtype=tokens.x.dtype,
+    )
+    x = x / sums
+    if keep_length:
+        lengths = jnp.sqrt(jnp.sum(jnp.square(patches.astype(F32)), axis=-1) + 1e-12)
+        wanted = total(share * lengths, place, count)[..., None] / sums
+        now = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+        alone = total(jnp.ones_like(share), place, count)[..., None] == 1
+        x = jnp.where(alone, x, x * wanted / now)
+
+    sizes = total(size, place, count)
+
+    def mean(values):  # (B, N) of all tokens -> (B, prefix + count)
+        summed = total(values[:, prefix:] * size, place, count) / sizes
+        return jnp.concatenate([values[:, :prefix], summed], axis=1)
+
+    def joined(front, back):
+        return jnp.concatenate([front[:, :prefix], back], axis=1)
+
+    weight, positions = tokens.weight, tokens.positions
+    if proportional:
+        weight = joined(tokens.size, sizes)
+    elif weight is not None:
+        weight = mean(weight)
+    if positions is not None:
+        positions = jnp.stack([mean(positions[..., 0]), mean(positions[..., 1])], axis=-1)
+    return tokens.replace(
+        x=joined(tokens.x, x.astype(tokens.x.dtype)),
+        size=joined(tokens.size, sizes),
+        owner=follow(tokens.owner, place),
+        weight=weight,
+        positions=positions,
+    )

@@ -20,6 +20,13 @@ from tests.support.reducers import THROWN_IN
 
 BATCH, PATCHES, WIDTH, HEADS = 3, 12, 5, 2
 
+# Exceptions from contracts, by file name, each with its reason.
+FIXED_COUNT = {"window": "halves an even grid, so neither 3 x 4 patches nor another count will do"}
+
+
+def file_name(reducer):
+    return type(reducer).__module__.rpartition(".")[2]
+
 
 def variants():
     """Every method with its defaults, and with each of its switches turned."""
@@ -34,17 +41,25 @@ def variants():
         yield pytest.param(reducer, id=type(reducer).__name__)
 
 
-every_reducer = pytest.mark.parametrize("reducer", list(variants()))
+def but_for(exceptions):
+    """Parametrizes with every variant of the methods that are not among the exceptions."""
+    params = [p for p in variants() if file_name(p.values[0]) not in exceptions]
+    return pytest.mark.parametrize("reducer", params)
+
+
+every_reducer = but_for({})
+every_free_one = but_for(FIXED_COUNT)  # in what it keeps
 every_prefix = pytest.mark.parametrize("prefix", [1, 2])
 
 
-def example(prefix=1, seed=0, batch=BATCH, train=False):
+def example(prefix=1, seed=0, batch=BATCH, train=False, grid=(3, 4)):
     rng = np.random.default_rng(seed)
-    length = prefix + PATCHES
+    patches = grid[0] * grid[1]
+    length = prefix + patches
     tokens = Tokens(
         x=jnp.asarray(rng.normal(size=(batch, length, WIDTH)), jnp.float32),
         size=jnp.ones((batch, length)),
-        owner=jnp.tile(jnp.arange(PATCHES), (batch, 1)),
+        owner=jnp.tile(jnp.arange(patches), (batch, 1)),
         prefix=prefix,
     )
     q, k, v = jnp.asarray(rng.normal(size=(3, batch, HEADS, length, 4)), jnp.float32)
@@ -55,7 +70,7 @@ def example(prefix=1, seed=0, batch=BATCH, train=False):
         before=jnp.asarray(rng.normal(size=tokens.x.shape), jnp.float32),
         after=tokens.x,
         rng=jax.random.split(jax.random.key(seed), batch) if train else None,
-        grid=(3, 4),
+        grid=grid,
         prefix=prefix,
         train=train,
     )
@@ -69,10 +84,10 @@ def with_attention(signals, attention):
     return signals.replace(q=jnp.ones_like(k), k=k)
 
 
-def first_tokens(signals, length):
-    """The signals of the first `length` tokens."""
-    heads = {name: getattr(signals, name)[:, :, :length] for name in "qkv"}
-    streams = {name: getattr(signals, name)[:, :length] for name in ("before", "after")}
+def signals_of(signals, index):
+    """The signals of some tokens, in this order; an index or a slice."""
+    heads = {name: getattr(signals, name)[:, :, index] for name in "qkv"}
+    streams = {name: getattr(signals, name)[:, index] for name in ("before", "after")}
     return signals.replace(**heads, **streams)
 
 
@@ -80,7 +95,7 @@ def call(reducer, tokens, signals, keep):
     """The reducer's result; parameters, where it has some, are drawn."""
     if not isinstance(reducer, nn.Module):
         return reducer(tokens, signals, keep)
-    params = reducer.init(jax.random.key(3), *example(), 5)
+    params = reducer.init(jax.random.key(3), tokens, signals, keep)
     return reducer.apply(params, tokens, signals, keep)
 
 
@@ -93,7 +108,7 @@ def reduce_twice(reducer, prefix, train=False):
     tokens, signals = example(prefix, train=train)
     once = call(reducer, tokens, signals, count_to_keep(reducer, tokens.patches, prefix))
     _, signals = example(prefix, seed=1, train=train)
-    signals = first_tokens(signals, once.x.shape[1]).replace(weight=once.weight)
+    signals = signals_of(signals, slice(once.x.shape[1])).replace(weight=once.weight)
     keep = count_to_keep(reducer, once.patches, prefix)
     return tokens, once, call(reducer, once, signals, keep), keep
 
@@ -104,7 +119,7 @@ def masks(reducer, train):
 
 
 @every_prefix
-@every_reducer
+@every_free_one
 @pytest.mark.parametrize("train", [False, True])
 def test_prefix_comes_back_untouched_and_the_count_is_the_planned_one(reducer, prefix, train):
     tokens, _, twice, keep = reduce_twice(reducer, prefix, train)
@@ -120,7 +135,7 @@ def test_prefix_comes_back_untouched_and_the_count_is_the_planned_one(reducer, p
 
 
 @every_prefix
-@every_reducer
+@every_free_one
 def test_owner_says_where_every_patch_is(reducer, prefix):
     tokens, _, twice, _ = reduce_twice(reducer, prefix)
     for image in range(BATCH):
@@ -139,7 +154,7 @@ def test_owner_says_where_every_patch_is(reducer, prefix):
             np.testing.assert_array_equal(now, before)
 
 
-@every_reducer
+@every_free_one
 def test_size_never_grows_and_is_conserved_where_nothing_is_dropped(reducer):
     tokens, once, twice, _ = reduce_twice(reducer, 1)
     before, middle, after = (np.asarray(t.size.sum(axis=1)) for t in (tokens, once, twice))
@@ -149,7 +164,7 @@ def test_size_never_grows_and_is_conserved_where_nothing_is_dropped(reducer):
     np.testing.assert_array_equal(after, before - dropped)
 
 
-@every_reducer
+@every_free_one
 def test_gradients_are_finite_and_reach_what_was_kept(reducer):
     tokens, signals = example()
     keep = count_to_keep(reducer, PATCHES, 1)
@@ -165,7 +180,7 @@ def test_gradients_are_finite_and_reach_what_was_kept(reducer):
     np.testing.assert_array_equal(reached, np.asarray(owner >= 0))
 
 
-@every_reducer
+@every_free_one
 def test_each_image_is_treated_alone(reducer):
     tokens, signals = example()
     keep = count_to_keep(reducer, PATCHES, 1)
@@ -178,7 +193,7 @@ def test_each_image_is_treated_alone(reducer):
             np.testing.assert_allclose(a[0], b[image], rtol=1e-6, atol=1e-6)
 
 
-@every_reducer
+@every_free_one
 def test_weights_stay_with_their_tokens(reducer):
     tokens, signals = example()
     weight = jnp.tile(1.0 + jnp.arange(1.0 + PATCHES), (BATCH, 1))
@@ -194,7 +209,7 @@ def test_weights_stay_with_their_tokens(reducer):
 
 
 @every_prefix
-@every_reducer
+@every_free_one
 def test_positions_stay_with_their_tokens(reducer, prefix):
     tokens, signals = example(prefix)
     grid = jnp.stack(jnp.divmod(jnp.arange(PATCHES), 4), axis=-1).astype(jnp.float32)

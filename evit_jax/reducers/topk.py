@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-K: keep the patches that score highest and drop the rest.
+
+The plainest pruning, as in Haurum et al., "Which Tokens to Use?" (ICCV 2023 workshops), where it is
+EViT without the fused token.
+"""
+
+import dataclasses
+
+from evit_jax.plan.counts import Entry
+from evit_jax.reducers._scores import best, check_score, importance, map_macs
+from evit_jax.tokens import Reducer, Signals, Tokens, drop
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Reducer):
+    """Keeps the K patch tokens with the highest score, in descending order of it.
+
+    Ties go to the lower index. With a_hj the class token's attention to token j in head h and v_hj
+    that token's values, `by` is one of
+      "class"        mean over heads of a_hj, as in EViT
+      "received"     attention received, mean over heads and all queries
+      "value"        ||v_j||, all heads as one vector
+      "class_value"  mean over heads of a_hj ||v_hj||
+      "shift"        ||after - before|| of attention, as in the reducer shift
+    The two with a_hj need a class token; only "received" needs the whole attention map.
+    """
+
+    by: str = "class"
+
+    def __post_init__(self):
+        check_score(self.by)
+
+    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
+        return map_macs(self.by, n, prefix, width)
+
+    def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
+        return drop(tokens, best(importance(self.by, tokens, signals), tokens, keep))
+
+
+REDUCER = TopK

@@ -52,10 +52,10 @@ class Axis:
         return (scale(value) - low) / (high - low)
 
 
-def axis_of(values: list[float]) -> Axis:
-    """Round ticks around all values, in equal ratios where they are far apart."""
+def axis_of(values: list[float], *, even: bool = False) -> Axis:
+    """Round ticks around all values, in equal ratios where they are far apart unless `even`."""
     low, high = min(values), max(values)
-    if low > 0 and high / low > FAR_APART:
+    if low > 0 and high / low > FAR_APART and not even:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [digit * 10.0**exponent for exponent in exponents for digit in (1, 2, 5)]
         first = max(i for i, tick in enumerate(ticks) if tick <= low)

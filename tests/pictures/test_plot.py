@@ -37,6 +37,7 @@ def test_values_far_apart_get_equal_ratios():
     assert axis.at(10) == 0
     assert axis.at(500) == 1
     assert axis.at(20) - axis.at(10) == pytest.approx(axis.at(200) - axis.at(100))
+    assert axis_of([13, 260], even=True).ticks == (0, 50, 100, 150, 200, 250, 300)
 
 
 def test_points_and_lines_are_where_their_values_are():

@@ -22,6 +22,7 @@ BATCH, PATCHES, WIDTH, HEADS = 3, 12, 5, 2
 
 # Exceptions from contracts, by file name, each with its reason.
 FIXED_COUNT = {"window": "halves an even grid, so neither 3 x 4 patches nor another count will do"}
+OWN_WEIGHT = {"diffrate": "what is merged adds to the weight by how similar it is, not by its size"}
 
 
 def file_name(reducer):
@@ -199,7 +200,7 @@ def test_weights_stay_with_their_tokens(reducer):
     weight = jnp.tile(1.0 + jnp.arange(1.0 + PATCHES), (BATCH, 1))
     after = call(reducer, tokens.replace(weight=weight), signals, 10)
     assert after.weight.shape == after.size.shape
-    if getattr(reducer, "proportional", False):
+    if getattr(reducer, "proportional", False) and file_name(reducer) not in OWN_WEIGHT:
         np.testing.assert_array_equal(after.weight, after.size)
         return
     for image in range(BATCH):

@@ -28,6 +28,7 @@ from tests.contracts.test_reducers import (
 USES_PLACES = {
     "hiprune": "takes the neighbors of a patch in the grid",
     "random": "draws places, not patches",
+    "tofu": "pairs even places with odd ones",
     "tome": "pairs even places with odd ones",
     "window": "pools neighbors in the grid",
 }

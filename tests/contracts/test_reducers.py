@@ -22,6 +22,9 @@ BATCH, PATCHES, WIDTH, HEADS = 3, 12, 5, 2
 
 # Exceptions from contracts, by file name, each with its reason.
 FIXED_COUNT = {"window": "halves an even grid, so neither 3 x 4 patches nor another count will do"}
+STANDS_FOR_OTHERS = {
+    "tofu": "in early blocks a token takes over a patch and nothing of its content"
+}
 OWN_WEIGHT = {"diffrate": "what is merged adds to the weight by how similar it is, not by its size"}
 
 
@@ -178,6 +181,9 @@ def test_gradients_are_finite_and_reach_what_was_kept(reducer):
     assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
     owner = call(reducer, tokens, signals, keep).owner
     reached = np.asarray(jnp.abs(grads[0][:, 1:]).sum(axis=-1) > 0)
+    if file_name(reducer) in STANDS_FOR_OTHERS:
+        assert not reached[np.asarray(owner < 0)].any()
+        return
     np.testing.assert_array_equal(reached, np.asarray(owner >= 0))
 
 

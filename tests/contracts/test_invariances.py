@@ -27,6 +27,7 @@ from tests.contracts.test_reducers import (
 # Exceptions by file name, each with its reason.
 USES_PLACES = {
     "hiprune": "takes the neighbors of a patch in the grid",
+    "mctf": "pairs even places with odd ones",
     "random": "draws places, not patches",
     "tofu": "pairs even places with odd ones",
     "tome": "pairs even places with odd ones",

@@ -26,6 +26,7 @@ from tests.contracts.test_reducers import (
 
 # Exceptions by file name, each with its reason.
 USES_PLACES = {
+    "gtp": "joins neighbors in the grid",
     "hiprune": "takes the neighbors of a patch in the grid",
     "mctf": "pairs even places with odd ones",
     "random": "draws places, not patches",

@@ -25,6 +25,7 @@ FIXED_COUNT = {"window": "halves an even grid, so neither 3 x 4 patches nor anot
 STANDS_FOR_OTHERS = {
     "tofu": "in early blocks a token takes over a patch and nothing of its content"
 }
+SPREADS = {"gtp": "gives a part of a dropped token to each of its neighbors, one of which owns it"}
 OWN_WEIGHT = {"diffrate": "what is merged adds to the weight by how similar it is, not by its size"}
 
 
@@ -148,6 +149,8 @@ def test_owner_says_where_every_patch_is(reducer, prefix):
         # As many patches say that they are in a token as it says it stands for.
         owned = np.bincount(owner[owner >= 0], minlength=twice.patches)
         np.testing.assert_array_equal(owned, twice.size[image, prefix:])
+        if file_name(reducer) in SPREADS:
+            continue
         # A token that stands for one patch is that patch.
         alone = [
             patch for patch in range(PATCHES) if owner[patch] >= 0 and owned[owner[patch]] == 1
@@ -200,7 +203,7 @@ def test_each_image_is_treated_alone(reducer):
             np.testing.assert_allclose(a[0], b[image], rtol=1e-6, atol=1e-6)
 
 
-@every_free_one
+@but_for(FIXED_COUNT | SPREADS)
 def test_weights_stay_with_their_tokens(reducer):
     tokens, signals = example()
     weight = jnp.tile(1.0 + jnp.arange(1.0 + PATCHES), (BATCH, 1))

@@ -73,15 +73,11 @@ class GTP(Reducer):
         earlier = tokens.aux.get(GRAPH)
         graph = self.graph(signals, prefix) if earlier is None else earlier[-1]  # (B, n, n)
         graph = take(graph, kept)  # (B, K, n)
-        received = self.alpha * jnp.take_along_axis(
-            graph, dropped[:, None], axis=2
-        )  # (B, K, n - K)
+        received = self.alpha * jnp.take_along_axis(graph, dropped[:, None], axis=2)
         graph = jnp.take_along_axis(graph, kept[:, None], axis=2)  # (B, K, K)
 
         lost = take(tokens.x[:, prefix:], dropped)
-        gain = jnp.einsum(
-            "bkp,bpd->bkd", received.astype(lost.dtype), lost, preferred_element_type=F32
-        )
+        gain = jnp.einsum("bkp,bpd->bkd", received, lost.astype(F32))
         reduced = drop(tokens, kept)
         x = reduced.x.at[:, prefix:].add(gain.astype(reduced.x.dtype))
 

@@ -40,11 +40,33 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, form: Form = EXACT) -> jax.
     logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **TO_F32)
     if padding:
         logits = jnp.where(jnp.arange(keys + padding)[None, None, None] < keys, logits, -jnp.inf)
+    if form.normalize_map and keys > form.lanes:
+        return product(rounded_softmax(logits, v.dtype), v)[:, :, :queries]
     unscaled, total = softmax_weights(logits, None)
     if form.normalize_map:
         return product(unscaled / total, v)[:, :, :queries]
     # Dividing after the product with v touches Q x C values instead of Q x N.
     return product(unscaled, v)[:, :, :queries] / total[:, :, :queries]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded_softmax(logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Softmax over the last axis, computed in float32 and rounded to `dtype`.
+
+    Its derivative is taken from the rounded map, which the product with v reads anyway: so that map
+    is all that a backward pass has to keep, in half of the memory where `dtype` is half as wide.
+    """
+    unscaled, total = softmax_weights(logits, None)
+    return (unscaled / total).astype(dtype)
+
+
+@rounded_softmax.defjvp
+def _(dtype, primals, tangents):
+    (logits,), (change,) = primals, tangents
+    rounded = rounded_softmax(logits, dtype)
+    scores = rounded.astype(jnp.float32)
+    change = scores * (change - jnp.sum(scores * change, axis=-1, keepdims=True))
+    return rounded, change.astype(dtype)
 
 
 def product(scores: jax.Array, v: jax.Array) -> jax.Array:

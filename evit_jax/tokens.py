@@ -45,6 +45,9 @@ they are part of the compile key. It never looks at the model. How each family o
   * Another place than between attention and MLP: `site`, see `Reducer`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -217,6 +220,8 @@ class Reducer:
     """
 
     site = "between"
+    # Whether a budget is met by a ramp (plan/ramp.py), not by one keep rate for all layers.
+    ramped = False
 
     @property
     def extra(self) -> int:
@@ -240,6 +245,14 @@ class Reducer:
         del n, keep, prefix, width, num_heads
         return 0
 
+    def last(self, prefix: int) -> int | None:
+        """What a ramp leaves of the last block's patch tokens at most; None: no less than others.
+
+        After the last attention nobody needs patches where logits read the prefix alone.
+        """
+        del prefix
+        return None
+
     def schedule(self, patches: int, prefix: int, layers: tuple[int, ...], depth: int) -> Keep:
         """What each block keeps when the user names neither rates nor counts: everything."""
         del patches, prefix, layers
@@ -248,6 +261,23 @@ class Reducer:
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks that reduce when the user names none."""
         return quarter_layers(depth) if self.site != "output" else (depth - 1,)
+
+    def evidence(self, tokens: Tokens, signals: Signals, importance: jax.Array) -> Any:
+        """What one block of the dense model tells a method that learns from unlabelled images.
+
+        Args:
+          importance: (B, N) float32, the squared gradient of the model's own predictions by each
+            token: how much a change of it would change them.
+
+        Returns:
+          A pytree of sums over the images, see `learned`; None: nothing is learned.
+        """
+        del tokens, signals, importance
+
+    def learned(self, evidence: Sequence[Any]) -> "Reducer":
+        """The method with what it learned from the `evidence` of each block, summed over images."""
+        del evidence
+        return self
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         raise TypeError(f"{type(self).__name__} does not define how it reduces tokens")

@@ -19,6 +19,7 @@ from evit_jax.plan.counts import (
     token_counts,
     token_plan,
 )
+from evit_jax.plan.ramp import first_block, ramp, ramp_within
 from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
@@ -129,7 +130,8 @@ class Backbone(nn.Module):
 
         `macs` is a budget: multiply-accumulates of one image, as `flops.macs` counts them. The plan
         is that of the largest keep rate, one for all `layers`, that does not exceed it. A larger
-        budget so never means fewer tokens anywhere, and what the dense model meets is dense.
+        budget so never means fewer tokens anywhere, and what the dense model meets is dense. A
+        method that says so (`Reducer.ramped`) gets a `ramp` instead.
         """
         at = self.reducer.default_layers(self.depth) if layers is None else layers
         at = check_layers(at, self.depth)
@@ -160,6 +162,8 @@ class Backbone(nn.Module):
             smallest=lambda n: self.reducer.smallest(n, self.prefix),
         )
         if macs is not None:
+            if self.reducer.ramped and (tokens := self.ramp(macs, layers=at)) is not None:
+                return planned(tokens=tokens)
             keep_rate = rate_within(
                 macs, lambda rate: flops.macs(self.clone(keep=planned(keep_rate=rate)))
             )
@@ -173,6 +177,46 @@ class Backbone(nn.Module):
                 f"one that can be in its layers, got {early[0]}"
             )
         return keep
+
+    def ramp(
+        self, macs: float, *, first: int | None = None, layers: Sequence[int] | None = None
+    ) -> Keep | None:
+        """A plan within a budget that loses the same share of the tokens in every block.
+
+        Args:
+          macs: multiply-accumulates of one image.
+          first: the first block that reduces; default by `plan.ramp.first_block`, or the latest
+            before it from which the budget can be met.
+          layers: blocks that may reduce; default the reducer's own.
+
+        Returns:
+          The plan, or None where no such plan meets the budget.
+        """
+        layers = self.reducer.default_layers(self.depth) if layers is None else layers
+
+        def cost(keep: Keep) -> int:
+            return flops.macs(self.clone(keep=keep))
+
+        if first is None:
+            share = macs / cost(())
+            tries = (
+                self.ramp(macs, first=block, layers=layers)
+                for block in range(first_block(share, self.depth), -1, -1)
+            )
+            return next((keep for keep in tries if keep is not None), None)
+
+        def at(rate: float) -> Keep:
+            return ramp(
+                self.patches,
+                layers,
+                self.depth,
+                first=first,
+                rate=rate,
+                last=self.reducer.last(self.prefix) if rate < 1 else None,
+                smallest=lambda n: self.reducer.smallest(n, self.prefix),
+            )
+
+        return ramp_within(macs, cost, at)
 
     def rate_within(self, macs: float, **settings) -> float:
         """The keep rate of `plan(macs=..., **settings)`."""

@@ -45,9 +45,14 @@ def create_reducer(spec: str | Mapping | Reducer) -> Reducer:
     return method(**{key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields})
 
 
+def as_tuple(value):
+    """Lists, also inside of lists, as tuples: they can be hashed."""
+    return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value
+
+
 def check_type(what: str, value, kind):
     """Returns a value of the annotated type, a list as a tuple; raises InputError for another."""
-    value = tuple(value) if isinstance(value, list) else value
+    value = as_tuple(value)
     kinds = [typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,)]
     if type(value) in kinds or (type(value) is int and float in kinds):
         return value

@@ -3,72 +3,159 @@
 
 Ours, training-free. Ward's linkage (Ward 1963) joins the two clusters that add least to the sum of
 squared distances from the means, which for masses m_i, m_j at a distance d is
-m_i m_j / (m_i + m_j) d. Here the mass is attention, so what nobody looks at is joined first and what
-matters is joined only with its like.
+m_i m_j / (m_i + m_j) d. Here the mass is attention, so what nobody looks at is joined first and
+what matters is joined only with its like.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from evit_jax.errors import check_name
 from evit_jax.plan.counts import Entry
 from evit_jax.reducers._merging import cosines, merge, places, rank
-from evit_jax.tokens import F32, Reducer, Signals, Tokens
+from evit_jax.tokens import F32, Reducer, Signals, Tokens, take
 
-SMALLEST = 1e-6  # of a distance: equal tokens are joined in the order of their masses
+SCORES = ("class", "received", "shift")
+SMALLEST = 1e-6  # of a distance, so that equal tokens are joined in the order of their masses
+TINY = 1e-9  # of a score relative to the mean, whose logarithm is taken
+SMALLEST_IMPORTANCE = 1e-4  # relative to the mean: less is noise
+RIDGE = 30.0  # of the probe's regression
 
 
 @dataclasses.dataclass(frozen=True)
 class Ward(Reducer):
-    """Merges n patch tokens into K, each removed one into the kept one with the smallest cost.
+    """Merges n patch tokens into K, each removed one into the kept one that costs least.
 
-    The mass of a token is its class attention plus `floor` of its size, each relative to the mean
-    over patches. Tokens are ordered by mass. Joining i with a j before it costs
-    m_i m_j / (m_i + m_j) (1 - cos(x_i, x_j)), x without its mean over channels; the n - K tokens
-    whose cheapest joining costs least are removed, each into the kept token that is cheapest for
-    it. A cluster becomes the mean of its tokens weighted by mass, rescaled to their mean length.
-    Kept tokens come in descending order of mass.
+    The mass of a token is its score plus `floor` of its size, each relative to the mean over
+    patches. Joining i with a j of larger mass costs m_i m_j / (m_i + m_j) (1 - cos(x_i, x_j)), x
+    without its mean over channels. The n - K tokens whose cheapest joining costs least are removed,
+    each into the kept token that is cheapest for it. A cluster becomes the mean of its tokens
+    weighted by mass, rescaled to their mean length. Kept tokens come in descending order of mass.
+
+    A budget is met by a ramp that ends in a single patch, since nobody looks at patches after the
+    last attention; where dense features are wanted, leave the last block out of `layers`.
     """
 
+    ramped = True
+
+    # What says how much a token matters: "class" attention, attention "received" from all tokens,
+    # which needs the whole map, or the "shift" by attention; the last two need no class token.
+    by: str = "class"
     floor: float = 0.1
+    # The share of the tokens, those of least mass, that may be removed: fewer pairs to compare.
+    candidates: float = 1.0
     proportional: bool = True  # later attention weighs a token by its size
+    # From `calibrate`, 1 + D numbers for each block: the logarithm of the mass per size is that of
+    # the score per size times the first, plus the normalized token times the others.
+    probe: tuple[tuple[float, ...], ...] = dataclasses.field(default=(), repr=False)
+
+    def __post_init__(self):
+        check_name("ward's by", self.by, SCORES)
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return tuple(range(depth))
+
+    def last(self, prefix: int) -> int | None:
+        return 1 if prefix else None
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
-        return n**2 * width
+        whole_map = (prefix + n) ** 2 * width if self.by == "received" else 0
+        return self.compared(n, keep) * n * width + whole_map
+
+    def compared(self, n: int, keep: int) -> int:
+        """How many tokens may be removed: at least half as many again as are."""
+        least = math.ceil(1.5 * (n - keep))
+        return min(max(math.ceil(self.candidates * n), least), n)
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
-        prefix = tokens.prefix
+        prefix, n = tokens.prefix, tokens.patches
+        removed, batch = n - keep, jnp.arange(tokens.x.shape[0])[:, None]
         mass = self.mass(tokens, signals)  # (B, n)
-        order = rank(mass)
+        order = rank(mass)  # (B, n): 0 has the largest mass
+
         x = tokens.x[:, prefix:].astype(F32)
         x = (x - jnp.mean(x, axis=-1, keepdims=True)).astype(tokens.x.dtype)
-        distance = jnp.maximum(1 - cosines(x), SMALLEST)  # (B, n, n)
-        joined = mass[:, :, None] * mass[:, None] / (mass[:, :, None] + mass[:, None])
-        before = order[:, None] < order[:, :, None]  # (B, i, j): j has the larger mass
-        cost = jnp.where(before, joined * distance, jnp.inf)
-        kept = rank(jnp.min(cost, axis=2)) < keep  # those whose cheapest joining is dearest
+        count = self.compared(n, keep)
+        if count < n:
+            _, some = jax.lax.top_k(order, count)  # (B, c)
+            distance, m, at = cosines(take(x, some), x), take(mass, some), take(order, some)
+        else:
+            some = jnp.broadcast_to(jnp.arange(n), (batch.shape[0], n))
+            distance, m, at = cosines(x), mass, order
+        distance = jnp.maximum(1 - distance, SMALLEST)  # (B, c, n)
+        joined = m[:, :, None] * mass[:, None] / (m[:, :, None] + mass[:, None])
+        cost = jnp.where(order[:, None] < at[:, :, None], joined * distance, jnp.inf)
+
+        _, cheapest = jax.lax.top_k(-jnp.min(cost, axis=2), removed)  # (B, n - K), among the c
+        source = take(some, cheapest)
+        kept = jnp.ones(mass.shape, bool).at[batch, source].set(False)
+        cost = jnp.where(kept[:, None], take(cost, cheapest), jnp.inf)
         place = places(kept, order)
-        target = jnp.argmin(jnp.where(kept[:, None], cost, jnp.inf), axis=2)
-        into = jnp.take_along_axis(place, target, axis=1)
-        return merge(
-            tokens,
-            jnp.where(kept, place, into),
-            mass,
-            keep,
-            proportional=self.proportional,
-            keep_length=True,
+        into = take(place, jnp.argmin(cost, axis=2))
+        place = place.at[batch, source].set(into)
+        return merge(tokens, place, mass, keep, proportional=self.proportional, keep_length=True)
+
+    def evidence(self, tokens: Tokens, signals: Signals, importance: jax.Array) -> Any:
+        """Normal equations of the probe: (1 + D, 1 + D) and (1 + D,) float32."""
+        features = self.features(tokens, signals)  # (B, n, 1 + D)
+        importance = relative(importance[:, tokens.prefix :])
+        wanted = 0.5 * jnp.log(importance + SMALLEST_IMPORTANCE)  # a length, not its square
+        features -= jnp.mean(features, axis=1, keepdims=True)  # each image alone
+        wanted -= jnp.mean(wanted, axis=1, keepdims=True)
+        highest = dict(precision="highest")
+        return (
+            jnp.einsum("bnf,bng->fg", features, features, **highest),
+            jnp.einsum("bnf,bn->f", features, wanted, **highest),
         )
+
+    def learned(self, evidence: Sequence[Any]) -> "Ward":
+        """With a probe by ridge regression, and half of the tokens compared."""
+        probe = []
+        for square, product in evidence:
+            square = np.asarray(square, np.float64)
+            weights = np.linalg.solve(square + RIDGE * np.eye(len(square)), np.asarray(product))
+            probe.append(tuple(float(f"{weight:.5g}") for weight in weights))
+        return dataclasses.replace(self, probe=tuple(probe), candidates=0.5)
+
+    def features(self, tokens: Tokens, signals: Signals) -> jax.Array:
+        """(B, n, 1 + D) float32: the logarithm of the score per size, and the normalized token."""
+        score = relative(self.score(signals)[:, tokens.prefix :])
+        per_size = jnp.log((score + TINY) / tokens.size[:, tokens.prefix :])[..., None]
+        return jnp.concatenate([per_size, normalized(tokens.x[:, tokens.prefix :])], axis=-1)
 
     def mass(self, tokens: Tokens, signals: Signals) -> jax.Array:
         """(B, n) float32 > 0."""
-        attention = signals.class_attention()[:, tokens.prefix :]
+        score = relative(self.score(signals)[:, tokens.prefix :])
         size = tokens.size[:, tokens.prefix :]
+        if self.probe:
+            weights = jnp.asarray(self.probe[signals.layer], F32)
+            per_size = self.features(tokens, signals) @ weights  # its logarithm
+            highest = jnp.max(per_size, axis=1, keepdims=True)
+            score = relative(jnp.exp(per_size - highest) * size)
+        return jax.lax.stop_gradient(score + self.floor * relative(size))
 
-        def relative(values):
-            return values / jnp.mean(values, axis=1, keepdims=True)
+    def score(self, signals: Signals) -> jax.Array:
+        """(B, N) float32: how much each token matters."""
+        if self.by == "class":
+            return signals.class_attention()
+        return signals.received_attention() if self.by == "received" else signals.shift()
 
-        return jax.lax.stop_gradient(relative(attention) + self.floor * relative(size))
+
+def relative(values: jax.Array) -> jax.Array:
+    """(B, n) >= 0, relative to their mean over the tokens."""
+    return values / jnp.mean(values, axis=1, keepdims=True)
+
+
+def normalized(x: jax.Array) -> jax.Array:
+    """(B, n, D) -> float32 with mean 0 and variance 1 over channels."""
+    x = x.astype(F32) - jnp.mean(x.astype(F32), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 REDUCER = Ward

@@ -32,7 +32,15 @@ from evit_jax.training.evaluation import Evaluator
 from evit_jax.training.mix import Mix
 from evit_jax.training.ranges import check_ranges
 from evit_jax.training.recorder import Recorder
-from evit_jax.training.run import Calendar, Data, Profile, StagePrograms, Watch, placed
+from evit_jax.training.run import (
+    Calendar,
+    Data,
+    Profile,
+    StagePrograms,
+    Watch,
+    placed,
+    use_plan_file,
+)
 from evit_jax.training.teachers import open_teacher
 from evit_jax.training.workdir import open_workdir
 
@@ -53,6 +61,7 @@ def main() -> None:
     startup = Startup()
     config = CONFIG.value
     check_ranges(flatten(config.to_dict()))
+    use_plan_file(config)
     if CHIPS.value and not config.dry_run:
         raise InputError("--chips is for dry runs; add --config.dry_run=True, or leave it out")
     processes.start_processes(PROCESSES.value)

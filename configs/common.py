@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.model.keep_rates = placeholder(tuple)  # one rate per block
     config.model.tokens = placeholder(tuple)  # counts, per layer or per block
     config.model.macs = placeholder(float)  # multiply-accumulates of an image not to be exceeded
+    config.model.plan = ""  # a file of calibrate's: counts and their reducer
     config.model.multiple_of = 1  # rounds the tokens after each reducing block up to a multiple
     config.model.reducer = "evit"  # or evit:fuse=False, random, tome:r=13 (without keep_rate)
     config.model.num_classes = 1000

@@ -38,6 +38,7 @@ MODEL_FLAGS = dict(
     weights=dict(metavar="FILE", help=".safetensors, .pth or .npz, or hf:OWNER/REPO@COMMIT"),
     workdir=dict(metavar="DIR", help="of a training run, instead of --model and --weights"),
     reducer=dict(metavar="SPEC", help="evit (the default), evit:fuse=False, random, tome:r=13"),
+    plan=dict(metavar="FILE", help="counts and their reducer, as calibrate writes them"),
     layers=dict(metavar="LIST", help="reducing blocks, such as 3,6,9; default the reducer's own"),
     multiple_of=dict(metavar="N", help="tokens rounded up to multiples of it; default 1"),
     image_size=dict(metavar="SIZE", help="224 or 224,320 (height,width); default the model's own"),

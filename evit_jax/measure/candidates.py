@@ -2,15 +2,14 @@
 """Reduction methods by budgets and plans: the models to compare, and what cannot be one."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from evit_jax.errors import InputError, check_name
 from evit_jax.models import build_model
 from evit_jax.plan.counts import PLAN_FIELDS, Keep
+from evit_jax.plan.files import read_plan
 from evit_jax.plan.flops import macs
-from evit_jax.reducers import create_reducer, known_reducers
-from evit_jax.storage import read
+from evit_jax.reducers import create_reducer, known_reducers, written
 from evit_jax.training.trained import ModelSpec, reduces
 
 PLANS = ("own", "constant")
@@ -118,28 +117,11 @@ def of_file(spec: ModelSpec, dense, path: str, budgets: Sequence[float]) -> Cand
     Raises:
       InputError: no such file, something else in it, or counts that do not fit the model.
     """
+    plan = read_plan(path)
     try:
-        content = json.loads(read(path))
-        reducer, tokens = content["reducer"], content["tokens"]
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f'{path} is no plan: it has to be a JSON object such as {{"reducer": "evit", '
-            '"tokens": [null, 140, 100]}, with a count or null for each block'
-        ) from None
-    try:
-        model = build_model(**sizes(spec) | dict(reducer=reducer, tokens=tokens))
+        model = build_model(**sizes(spec) | plan)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     holding = [budget for budget in budgets if macs(model) <= budget]
     model = reduced(dense, model)
-    return Candidate(written(reducer), path, min(holding, default=None), model)
-
-
-def written(reducer: str | Mapping) -> str:
-    """dict(name="evit", fuse=False) -> "evit:fuse=False"."""
-    if isinstance(reducer, str):
-        return reducer
-    fields = ",".join(f"{name}={value}" for name, value in reducer.items() if name != "name")
-    return reducer["name"] + (f":{fields}" if fields else "")
+    return Candidate(written(plan["reducer"]), path, min(holding, default=None), model)

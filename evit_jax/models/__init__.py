@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import importlib
 import inspect
+import operator
 import pkgutil
 from collections.abc import Mapping
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from evit_jax.errors import InputError, check_name, check_names
 from evit_jax.models.card import Preprocessing
+from evit_jax.plan.files import read_plan
 from evit_jax.reducers import create_reducer
 from evit_jax.tokens import Reducer
 from evit_jax.weights import files, hub
@@ -75,10 +77,16 @@ def build_model(
     tokens: int | tuple[int | None, ...] | None = None,
     macs: float | None = None,
     multiple_of: int = 1,
+    plan: str | None = None,
     reducer: str | Mapping | Reducer = "evit",
     **settings,
 ):
     """The Linen module alone, without parameters; arguments as in `create_model`."""
+    if plan:
+        others = dict(keep_rate=keep_rate, layers=layers, keep_rates=keep_rates, tokens=tokens)
+        if any(value is not None for value in (*others.values(), macs)):
+            raise InputError("a plan has its own counts: leave out keep rates, tokens and macs")
+        tokens, reducer = operator.itemgetter("tokens", "reducer")(read_plan(plan))
     module, defaults, _ = find_model(name)
     fields = [field.name for field in dataclasses.fields(module)]
     own = [field for field in fields if field not in ("keep", "reducer", "parent", "name")]
@@ -121,6 +129,7 @@ def create_model(
       tokens: absolute counts instead of rates, one per layer or per block.
       macs: a budget instead, multiply-accumulates of one image: the largest keep rate within it.
       multiple_of: rounds the tokens after each reducing block, all of them, up to a multiple.
+      plan: a file with counts and their reducer instead, such as `calibrate` writes.
       reducer: "evit", "evit:fuse=False", dict(name="evit", fuse=False) or a Reducer.
       **settings: fields of the backbone, such as image_size, num_classes, drop_path_rate, dtype.
 

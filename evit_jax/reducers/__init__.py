@@ -45,6 +45,30 @@ def create_reducer(spec: str | Mapping | Reducer) -> Reducer:
     return method(**{key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields})
 
 
+def written(spec: str | Mapping) -> str:
+    """dict(name="evit", fuse=False) -> "evit:fuse=False"; what was learned is not written out."""
+    if isinstance(spec, str):
+        return spec
+    fields = {name: as_tuple(value) for name, value in spec.items() if name != "name"}
+    texts = [
+        f"{name}=..." if isinstance(value, tuple) and len(value) > 4 else f"{name}={value}"
+        for name, value in fields.items()
+    ]
+    return spec["name"] + (":" + ",".join(texts) if texts else "")
+
+
+def as_spec(reducer: Reducer) -> str | dict:
+    """What `create_reducer` makes this reducer of: its name, or a dict with what is not default."""
+    name = type(reducer).__module__.rpartition(".")[2]
+    changed = {
+        field.name: getattr(reducer, field.name)
+        for field in dataclasses.fields(reducer)
+        if field.init and field.name not in ("parent", "name")
+        if getattr(reducer, field.name) != field.default
+    }
+    return dict(name=name) | changed if changed else name
+
+
 def as_tuple(value):
     """Lists, also inside of lists, as tuples: they can be hashed."""
     return tuple(map(as_tuple, value)) if isinstance(value, (list, tuple)) else value

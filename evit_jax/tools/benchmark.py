@@ -77,7 +77,7 @@ from evit_jax.training.trained import ModelSpec, open_spec
 def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    cli.add_model_flags(parser, "model", "workdir", "layers", "multiple_of")
+    cli.add_model_flags(parser, "model", "workdir", "plan", "layers", "multiple_of")
     cli.add_model_flags(parser, "image_size", "num_classes")
     add("--keep_rates", default="", help="such as 1,0.7,0.5; default 0.7")
     add("--reducers", default="", help="such as evit,evit:fuse=False,tome:r=13; default evit")

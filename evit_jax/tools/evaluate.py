@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     add("--data", help="folder of class folders, its parent, or a TFDS set; default the run's")
     add("--classes", help="JSON list of folder names in class order")
     add("--keep_rate", default="", help="one or several, such as 1,0.7; default the reducer's own")
-    cli.add_model_flags(parser, "reducer", "layers", "multiple_of")
+    cli.add_model_flags(parser, "plan", "reducer", "layers", "multiple_of")
     cli.add_model_flags(parser, "image_size", "num_classes", "dtype")
     add("--batch_size", type=int, help="images at a time, over all devices; default 50 or more")
     add("--crop", type=float, help="fraction of the resized shorter side; default the model's card")

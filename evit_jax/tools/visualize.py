@@ -45,7 +45,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     cli.add_model_flags(parser, "model", "weights", "workdir")
     add("--keep_rate", type=float, help="fraction of the patches kept by each reducing block")
-    cli.add_model_flags(parser, "reducer", "layers", "multiple_of", "image_size", "num_classes")
+    cli.add_model_flags(
+        parser, "plan", "reducer", "layers", "multiple_of", "image_size", "num_classes"
+    )
     add("--classes", type=Path, metavar="FILE", help="JSON list of names, in class order")
     add("--out", type=Path, required=True, metavar="FILE.png")
     add("images", nargs="*", type=Path, metavar="IMAGE")

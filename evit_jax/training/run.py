@@ -12,12 +12,34 @@ import jax
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
 from evit_jax.plan import stages
+from evit_jax.plan.files import read_plan
 from evit_jax.runtime.background import Prefetch, Programs
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.training import report
 from evit_jax.training.clock import Clock, Startup
 from evit_jax.training.recorder import Recorder
 from evit_jax.training.workdir import broken
+
+
+def use_plan_file(config) -> None:
+    """Puts the counts and the reducer of config.model.plan in their places, and unsets it.
+
+    So the run's own record has them, wherever the file goes.
+
+    Raises:
+      InputError: no such file, or counts or rates beside it.
+    """
+    if not config.model.get("plan"):
+        return
+    counts = ("keep_rate", "keep_rates", "tokens", "macs", "layers")
+    if taken := [name for name in counts if config.model[name] is not None]:
+        raise InputError(
+            f"model.plan has counts of its own: leave out model.{taken[0]} "
+            f"(--config=FILE.py:{taken[0]}=None unsets a configuration's)"
+        )
+    with config.ignore_type(), config.unlocked():
+        config.model.update(read_plan(config.model.plan))
+    config.model.plan = ""
 
 
 class Data:

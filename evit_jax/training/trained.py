@@ -15,12 +15,14 @@ from evit_jax.data import open_source
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params, load_params
 from evit_jax.plan.counts import PLAN_FIELDS
+from evit_jax.plan.files import read_plan
+from evit_jax.reducers import written
 from evit_jax.spec import numbers, parse_fields, parse_size
 from evit_jax.storage import as_path, explained
 from evit_jax.weights.names import params_from_tensors, tensors_from_params
 
 # Settings of `build_model` that are no sizes: tools have flags for them.
-FLAGGED = {"name", "keep", "reducer", "dtype", *PLAN_FIELDS}
+FLAGGED = {"name", "keep", "reducer", "dtype", "plan", *PLAN_FIELDS}
 COUNTS = ("keep_rates", "tokens", "macs")  # what a single keep rate takes the place of
 
 
@@ -104,7 +106,7 @@ class ModelSpec:
     @property
     def reducer(self) -> str:
         """Its name and settings, as a user writes them."""
-        return self.settings.get("reducer") or "evit"
+        return written(self.settings.get("reducer") or "evit")
 
     @property
     def counted(self) -> bool:
@@ -215,6 +217,12 @@ def open_spec(flags: argparse.Namespace, *, several: bool = False) -> ModelSpec:
         spec = spec_of_name(given["model"], given.get("weights"))
     else:
         raise InputError("give --model=NAME, or --workdir=DIR of a training run; see --help")
+    if "plan" in given:
+        for name in ("reducer", "layers", "multiple_of"):
+            if name in given:
+                raise InputError(f"--plan says which counts and reducer; leave out --{name}")
+        sizes = {name: value for name, value in spec.settings.items() if name not in PLAN_FIELDS}
+        spec = dataclasses.replace(spec, settings=sizes | read_plan(given["plan"]))
     if "reducer" in given:
         spec = spec.with_reducer(given["reducer"])
 

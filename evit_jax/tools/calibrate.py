@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the token counts that change a model's outputs least, on a folder of your own images.
+
+python -m evit_jax.tools.calibrate --model=deit_tiny_patch16_224 --weights=FILE \\
+    --images=FOLDER --macs=0.63e9 [--out=plan.json] [--plot=plan.png]
+python -m evit_jax.tools.calibrate --workdir=runs/digits --images=FOLDER --share=0.6
+python -m evit_jax.tools.calibrate ... --latency_ms=20 --latency_batch=8
+
+No labels are needed: the reduced model is compared with the dense one, by the KL divergence of
+their predictions (--distortion=cosine: by the class token's features). --count images are drawn
+from all that are in the folder and below; do not report figures on them. A method that can learns
+from them first (ward: how much each token matters). Then plans within the budget are measured: the
+method's own, one keep rate, ramps from each block of the first half; and the best one's shares of
+the reduction move between blocks as long as that helps by more than a standard error.
+
+--latency_ms first finds what number of multiply-accumulates takes so long on this device, by one
+keep rate for all layers, and times the plan that was found in turns with that one.
+
+--out is a plan file: create_model(plan=FILE), --plan=FILE of evaluate, benchmark and visualize,
+--plan_files of compare, --config.model.plan=FILE of train.py. What was measured is noted down
+beside it, in FILE.tried; the same command goes on from there if it was interrupted. --plot draws
+the distortion against multiply-accumulates, calibrated and with one keep rate; --budgets=0.5,0.8,
+shares of the dense model's, calibrates for these as well and gives the plot more points.
+
+The last line of standard output is a JSON object: the plan, its distortion with its standard error,
+that of one keep rate, and all that was tried.
+"""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from evit_jax import cli, tables
+from evit_jax.errors import InputError
+from evit_jax.measure import latency
+from evit_jax.measure.calibration import DISTORTIONS, Calibrated, calibrate
+from evit_jax.models.images import preprocess
+from evit_jax.pictures.plot import Line, plot
+from evit_jax.plan.flops import macs
+from evit_jax.reducers import as_spec
+from evit_jax.spec import numbers
+from evit_jax.storage import write_whole
+from evit_jax.training.trained import ModelSpec, open_spec
+
+
+def arguments() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    cli.add_model_flags(parser, "model", "weights", "workdir")
+    add("--images", required=True, metavar="FOLDER", help="with images in it or below")
+    add("--count", type=int, default=128, help="images to draw from them; 64 to 256 are enough")
+    add("--seed", type=int, default=0, help="of that draw")
+    add("--macs", type=float, help="budget: multiply-accumulates of an image, such as 3.0e9")
+    add("--share", type=float, help="budget: share of the dense model's, such as 0.6")
+    add("--latency_ms", type=float, help="budget: milliseconds for a batch on this device")
+    add("--latency_batch", type=int, default=1, help="images in that batch")
+    add("--budgets", default="", help="shares, such as 0.5,0.63: also calibrated, for the plot")
+    add("--reducer", default="ward", metavar="SPEC", help="ward (the default), tome, evit, ...")
+    cli.add_model_flags(parser, "layers", "image_size", "num_classes", "dtype")
+    add("--distortion", default="kl", help=f"{' or '.join(DISTORTIONS)}")
+    add("--sweeps", type=int, default=1, help="of the search over the blocks; 0: only ramps")
+    add("--batch_size", type=int, default=32, help="images at a time, over all devices")
+    add("--out", metavar="FILE.json", help="plan file")
+    add("--plot", metavar="FILE.png", help="distortion against multiply-accumulates")
+    flags = parser.parse_args()
+    given = [value for value in (flags.macs, flags.share, flags.latency_ms) if value is not None]
+    if len(given) != 1:
+        raise InputError("give a budget: one of --macs=NUMBER, --share=NUMBER, --latency_ms=NUMBER")
+    if flags.share is not None and not 0 < flags.share <= 1:
+        raise InputError(f"--share must be in (0, 1], got {flags.share:g}")
+    if flags.count < 1 or flags.sweeps < 0 or flags.batch_size < 1:
+        raise InputError("--count and --batch_size must be 1 or more, and --sweeps 0 or more")
+    for name, suffix in (("out", ".json"), ("plot", ".png")):
+        path = getattr(flags, name)
+        if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
+            raise InputError(f"--{name} must be a {suffix} file in a folder that exists: {path}")
+    return flags
+
+
+def draw_images(folder: str, count: int, seed: int) -> list[Path]:
+    """As many of the images in a folder and below it, or all of them; sorted.
+
+    Raises:
+      InputError: no folder, or no image in it.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise InputError(f"--images={folder} is no folder")
+    known = Image.registered_extensions()
+    readable = {suffix for suffix, kind in known.items() if kind in Image.OPEN}
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in readable)
+    if not files:
+        raise InputError(f"there are no images in {folder} or below")
+    chosen = np.random.default_rng(seed).permutation(len(files))[:count]
+    return [files[i] for i in sorted(chosen)]
+
+
+def search(flags: argparse.Namespace, spec: ModelSpec, images: np.ndarray) -> list[Calibrated]:
+    """The calibrated model for the budget, and for those of --budgets."""
+    dense = spec.build(keep_rate=1)
+    params = spec.load_params(dense)
+    full = macs(dense)
+    if flags.latency_ms is not None:
+        budget = within_latency(flags, dense, params, spec.layers)
+    else:
+        budget = flags.macs if flags.share is None else flags.share * full
+    found = []
+    for goal in (budget, *(share * full for share in numbers(flags.budgets, float))):
+        with tqdm(unit="plan", desc=f"{goal / 1e9:.4g} GMACs", disable=None) as bar:
+
+            def show(done: int, total: int, bar=bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found.append(
+                calibrate(
+                    dense,
+                    params,
+                    images,
+                    macs=goal,
+                    reducer=flags.reducer,
+                    layers=spec.layers,
+                    distortion=flags.distortion,
+                    sweeps=flags.sweeps,
+                    batch_size=flags.batch_size,
+                    journal=f"{flags.out}.tried" if flags.out else None,
+                    progress=show,
+                )
+            )
+    return found
+
+
+def within_latency(flags: argparse.Namespace, dense, params: dict, layers) -> float:
+    """Multiply-accumulates of the plan with one keep rate that just takes so long."""
+    print("timing plans with one keep rate ...", file=sys.stderr)
+    planned, _ = latency.fit_latency(
+        dense,
+        params,
+        batch_size=flags.latency_batch,
+        milliseconds=flags.latency_ms,
+        layers=layers,
+    )
+    return macs(planned)
+
+
+def main() -> None:
+    flags = arguments()
+    spec = open_spec(argparse.Namespace(**vars(flags) | dict(reducer=flags.reducer)))
+    model = spec.build(keep_rate=1)
+    files = draw_images(flags.images, flags.count, flags.seed)
+    images = np.asarray(preprocess(spec.name, files, size=model.image_size))
+    found = search(flags, spec, images)
+    chosen = found[0]
+    shown = [["plan", "tokens after each block", "GMACs", f"{flags.distortion}", ""]]
+    for tried in sorted(chosen.tried, key=lambda tried: tried.distortion):
+        shown.append(
+            [
+                tried.name,
+                tables.runs(tried.tokens),
+                f"{tried.macs / 1e9:.4g}",
+                f"{tried.distortion:.5f} ± {tried.error:.5f}",
+                "chosen" if tried is chosen.best else "",
+            ]
+        )
+    print(tables.table(shown), file=sys.stderr)
+    answer = dict(
+        model=spec.label,
+        reducer=as_spec(chosen.model.reducer),
+        tokens=chosen.best.keep,
+        tokens_per_block=chosen.best.tokens,
+        macs=chosen.best.macs,
+        macs_ratio=macs(model) / chosen.best.macs,
+        distortion=flags.distortion,
+        value=chosen.best.distortion,
+        error=chosen.best.error,
+        constant=chosen.constant and chosen.constant.distortion,
+        images=len(chosen.best.each),
+        dtype=jnp.dtype(model.dtype).name,
+    )
+    if flags.latency_ms is not None:
+        answer["latency_ms"] = latency_of(flags, spec, chosen)
+    if flags.out:
+        write_whole(flags.out, json.dumps(answer, indent=1))
+    if flags.plot:
+        write_whole(flags.plot, picture(found, model, flags))
+    tried = [
+        dict(name=one.name, tokens=one.keep, macs=one.macs, value=one.distortion, error=one.error)
+        for one in chosen.tried
+    ]
+    print(json.dumps(answer | dict(tried=tried)))
+
+
+def latency_of(flags: argparse.Namespace, spec: ModelSpec, chosen: Calibrated) -> float:
+    """Median milliseconds of the plan that was found."""
+    params = spec.load_params(chosen.model)
+    watch = latency.stopwatch(chosen.model, params, batch_size=flags.latency_batch)
+    return float(1000 * np.median(watch([chosen.best.keep])[0]))
+
+
+def picture(found: list[Calibrated], model, flags: argparse.Namespace) -> bytes:
+    """The plot as PNG: the best plan, and one keep rate, at each budget."""
+    found = sorted(found, key=lambda one: one.best.macs)
+    best = [(one.best.macs / 1e9, one.best.distortion, "") for one in found]
+    constant = [
+        (one.constant.macs / 1e9, one.constant.distortion, "") for one in found if one.constant
+    ]
+    lines = [Line("calibrated", best)]
+    if constant:
+        lines.append(Line("one keep rate", constant))
+    buffer = io.BytesIO()
+    plot(
+        lines,
+        title=f"{flags.reducer} on {flags.count} images",
+        x_label=f"GMACs ({macs(model) / 1e9:.4g} dense)",
+        y_label="KL to the dense model, nats" if flags.distortion == "kl" else "cosine distance",
+    ).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    cli.guard(main)

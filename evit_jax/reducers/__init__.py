@@ -8,6 +8,7 @@ says what it has to do. The contract tests pick it up from here.
 import dataclasses
 import importlib
 import pkgutil
+import types
 import typing
 from collections.abc import Mapping
 
@@ -77,7 +78,8 @@ def as_tuple(value):
 def check_type(what: str, value, kind):
     """Returns a value of the annotated type, a list as a tuple; raises InputError for another."""
     value = as_tuple(value)
-    kinds = [typing.get_origin(one) or one for one in typing.get_args(kind) or (kind,)]
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    kinds = [typing.get_origin(one) or one for one in options]
     if type(value) in kinds or (type(value) is int and float in kinds):
         return value
     raise InputError(

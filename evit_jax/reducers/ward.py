@@ -18,7 +18,7 @@ import numpy as np
 
 from evit_jax.errors import check_name
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._merging import cosines, merge, places, rank
+from evit_jax.reducers._merging import cosines, first_least, merge, moments, rank
 from evit_jax.tokens import F32, Reducer, Signals, Tokens, take
 
 SCORES = ("class", "received", "shift")
@@ -79,26 +79,27 @@ class Ward(Reducer):
         mass = self.mass(tokens, signals)  # (B, n)
         order = rank(mass)  # (B, n): 0 has the largest mass
 
-        x = tokens.x[:, prefix:].astype(F32)
-        x = (x - jnp.mean(x, axis=-1, keepdims=True)).astype(tokens.x.dtype)
+        x = tokens.x[:, prefix:]
         count = self.compared(n, keep)
-        if count < n:
+        some = jnp.broadcast_to(jnp.arange(n), (batch.shape[0], n))
+        if count < n:  # those of least mass
             _, some = jax.lax.top_k(order, count)  # (B, c)
-            distance, m, at = cosines(take(x, some), x), take(mass, some), take(order, some)
-        else:
-            some = jnp.broadcast_to(jnp.arange(n), (batch.shape[0], n))
-            distance, m, at = cosines(x), mass, order
-        distance = jnp.maximum(1 - distance, SMALLEST)  # (B, c, n)
-        joined = m[:, :, None] * mass[:, None] / (m[:, :, None] + mass[:, None])
-        cost = jnp.where(order[:, None] < at[:, :, None], joined * distance, jnp.inf)
+        m, at = take(mass, some)[:, None], take(order, some)[:, None]
+        # (B, n, c): what it costs to join each of the c, along the last axis, into each of the n.
+        cosine = cosines(x, take(x, some) if count < n else None, center=True)
+        joined = mass[:, :, None] * m / (mass[:, :, None] + m)
+        cost = jnp.where(
+            order[:, :, None] < at, joined * jnp.maximum(1 - cosine, SMALLEST), jnp.inf
+        )
 
-        _, cheapest = jax.lax.top_k(-jnp.min(cost, axis=2), removed)  # (B, n - K), among the c
+        _, cheapest = jax.lax.top_k(-jnp.min(cost, axis=1), removed)  # (B, n - K), among the c
         source = take(some, cheapest)
         kept = jnp.ones(mass.shape, bool).at[batch, source].set(False)
-        cost = jnp.where(kept[:, None], take(cost, cheapest), jnp.inf)
-        place = places(kept, order)
-        into = take(place, jnp.argmin(cost, axis=2))
-        place = place.at[batch, source].set(into)
+        into = first_least(jnp.where(kept[:, :, None], cost, jnp.inf))  # (B, c)
+        # A kept token's place is its rank without those removed before it.
+        gone = take(order, source)[:, None] < order[:, :, None]  # (B, n, n - K)
+        place = order - jnp.sum(gone, axis=2, dtype=jnp.int32)
+        place = place.at[batch, source].set(take(place, take(into, cheapest)))
         return merge(tokens, place, mass, keep, proportional=self.proportional, keep_length=True)
 
     def evidence(self, tokens: Tokens, signals: Signals, importance: jax.Array) -> Any:
@@ -125,20 +126,38 @@ class Ward(Reducer):
 
     def features(self, tokens: Tokens, signals: Signals) -> jax.Array:
         """(B, n, 1 + D) float32: the logarithm of the score per size, and the normalized token."""
+        x = tokens.x[:, tokens.prefix :].astype(F32)
+        mean, square = moments(x)
+        x = (x - mean[..., None]) / jnp.sqrt(square - mean**2 + 1e-6)[..., None]
+        return jnp.concatenate([self.score_per_size(tokens, signals)[..., None], x], axis=-1)
+
+    def score_per_size(self, tokens: Tokens, signals: Signals) -> jax.Array:
+        """(B, n) float32, its logarithm."""
         score = relative(self.score(signals)[:, tokens.prefix :])
-        per_size = jnp.log((score + TINY) / tokens.size[:, tokens.prefix :])[..., None]
-        return jnp.concatenate([per_size, normalized(tokens.x[:, tokens.prefix :])], axis=-1)
+        return jnp.log((score + TINY) / tokens.size[:, tokens.prefix :])
+
+    def probed(self, tokens: Tokens, signals: Signals) -> jax.Array:
+        """`features` times the probe: (B, n) float32, the logarithm of the mass per size.
+
+        The token is normalized after its product with the probe, which so takes fewer steps.
+        """
+        first, *others = self.probe[signals.layer]
+        weights = jnp.asarray(others, F32)
+        x = tokens.x[:, tokens.prefix :].astype(F32)
+        mean, square = moments(x)
+        product = jnp.dot(x, weights, precision="highest") - mean * float(np.sum(others))
+        product = product / jnp.sqrt(square - mean**2 + 1e-6)
+        return product + first * self.score_per_size(tokens, signals)
 
     def mass(self, tokens: Tokens, signals: Signals) -> jax.Array:
         """(B, n) float32 > 0."""
-        score = relative(self.score(signals)[:, tokens.prefix :])
         size = tokens.size[:, tokens.prefix :]
         if self.probe:
-            weights = jnp.asarray(self.probe[signals.layer], F32)
-            per_size = self.features(tokens, signals) @ weights  # its logarithm
-            highest = jnp.max(per_size, axis=1, keepdims=True)
-            score = relative(jnp.exp(per_size - highest) * size)
-        return jax.lax.stop_gradient(score + self.floor * relative(size))
+            per_size = self.probed(tokens, signals)
+            score = jnp.exp(per_size - jnp.max(per_size, axis=1, keepdims=True)) * size
+        else:
+            score = self.score(signals)[:, tokens.prefix :]
+        return jax.lax.stop_gradient(relative(score) + self.floor * relative(size))
 
     def score(self, signals: Signals) -> jax.Array:
         """(B, N) float32: how much each token matters."""
@@ -150,12 +169,6 @@ class Ward(Reducer):
 def relative(values: jax.Array) -> jax.Array:
     """(B, n) >= 0, relative to their mean over the tokens."""
     return values / jnp.mean(values, axis=1, keepdims=True)
-
-
-def normalized(x: jax.Array) -> jax.Array:
-    """(B, n, D) -> float32 with mean 0 and variance 1 over channels."""
-    x = x.astype(F32) - jnp.mean(x.astype(F32), axis=-1, keepdims=True)
-    return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
 REDUCER = Ward

@@ -130,9 +130,11 @@ class ModelSpec:
 
     def with_reducer(self, reducer: str) -> "ModelSpec":
         """The same with another reducer, whose own schedule, if any, replaces rates and counts."""
+        if reducer == self.reducer:  # as it is written; there may be more to it, of a plan file
+            return self
         sizes = {name: value for name, value in self.settings.items() if name not in PLAN_FIELDS}
         settings = self.settings | dict(reducer=reducer)
-        if reducer != self.reducer and reduces(build_model(**sizes | dict(reducer=reducer))):
+        if reduces(build_model(**sizes | dict(reducer=reducer))):
             settings = sizes | dict(reducer=reducer, multiple_of=self.multiple_of)
         return dataclasses.replace(self, settings=settings)
 

@@ -27,8 +27,8 @@ ARRAYS = ("q", "k", "v", "row", "before", "after", "weight", "plain_q", "plain_k
 class Blockwise:
     """The parts of a model and their compiled programs."""
 
-    def __init__(self, model, params: dict, devices: DataParallel | None = None):
-        """Args: a model of this package, whatever it keeps, and its parameters.
+    def __init__(self, model, params: dict):
+        """Args: a model of this package, whatever it keeps, and its parameters; on one device.
 
         Raises:
           InputError: a reducer that works after the last block.
@@ -37,7 +37,7 @@ class Blockwise:
             raise InputError(
                 f"{model.reducer} works after the last block, so no block gets cheaper"
             )
-        self.devices = devices or DataParallel()
+        self.devices = DataParallel(jax.devices()[:1])
         self.dense = model.clone(keep=(), remat=False)
         self.params = self.devices.init(dict, params)
         self.compiled: dict[str, Callable] = {}

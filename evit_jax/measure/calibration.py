@@ -22,7 +22,6 @@ from evit_jax.measure.blockwise import Blockwise
 from evit_jax.plan.counts import Keep, kept_count, rate_within
 from evit_jax.plan.flops import macs as count_macs
 from evit_jax.reducers import create_reducer
-from evit_jax.runtime.parallel import DataParallel
 from evit_jax.storage import write_whole
 from evit_jax.tokens import Reducer
 
@@ -114,7 +113,7 @@ def calibrate(
       distortion: "kl" of the predictions, or "cosine" of the features.
       learn: let the reducer learn from the images where it can, see `Reducer.evidence`.
       sweeps: how often the search goes over the blocks; 0 only tries the family.
-      batch_size: images at a time, over all devices; a last smaller batch is left out.
+      batch_size: images at a time, on the first device; a last smaller batch is left out.
       journal: a file to note down what was tried in; one that is there is gone on with.
       progress: called with the number of plans tried, and at most to try.
 
@@ -198,9 +197,7 @@ class Search:
 
     def __init__(self, model, params, images, batch_size: int, distortion: str):
         self.model, self.distortion = model, DISTORTIONS[distortion]
-        self.devices = DataParallel()
-        self.devices.check_batch_size("batch_size", batch_size)
-        self.parts = Blockwise(model, params, self.devices)
+        self.parts = Blockwise(model, params)
         self.batches = np.split(np.asarray(images, np.float32), len(images) // batch_size)
         self.starts = [self.parts.start(self.parts.params, batch) for batch in self.batches]
         self.states: list[dict] = [{} for _ in self.batches]

@@ -7,7 +7,8 @@ python -m evit_jax.tools.calibrate --workdir=runs/digits --images=FOLDER --share
 python -m evit_jax.tools.calibrate ... --latency_ms=20 --latency_batch=8
 
 No labels are needed: the reduced model is compared with the dense one, by the KL divergence of
-their predictions (--distortion=cosine: by the class token's features). --count images are drawn
+their predictions (--distortion=cosine: by the class token's features). --reducer is ward unless
+another is named. --count images are drawn
 from all that are in the folder and below; do not report figures on them. A method that can learns
 from them first (ward: how much each token matters). Then plans within the budget are measured: the
 method's own, one keep rate, ramps from each block of the first half; and the best one's shares of
@@ -62,14 +63,14 @@ def arguments() -> argparse.Namespace:
     add("--latency_ms", type=float, help="budget: milliseconds for a batch on this device")
     add("--latency_batch", type=int, default=1, help="images in that batch")
     add("--budgets", default="", help="shares, such as 0.5,0.63: also calibrated, for the plot")
-    add("--reducer", default="ward", metavar="SPEC", help="ward (the default), tome, evit, ...")
-    cli.add_model_flags(parser, "layers", "image_size", "num_classes", "dtype")
+    cli.add_model_flags(parser, "reducer", "layers", "image_size", "num_classes", "dtype")
     add("--distortion", default="kl", help=f"{' or '.join(DISTORTIONS)}")
     add("--sweeps", type=int, default=1, help="of the search over the blocks; 0: only ramps")
-    add("--batch_size", type=int, default=32, help="images at a time, over all devices")
+    add("--batch_size", type=int, default=32, help="images at a time, on the first device")
     add("--out", metavar="FILE.json", help="plan file")
     add("--plot", metavar="FILE.png", help="distortion against multiply-accumulates")
     flags = parser.parse_args()
+    flags.reducer = flags.reducer or "ward"
     given = [value for value in (flags.macs, flags.share, flags.latency_ms) if value is not None]
     if len(given) != 1:
         raise InputError("give a budget: one of --macs=NUMBER, --share=NUMBER, --latency_ms=NUMBER")

@@ -367,14 +367,11 @@ def pick(
     if form.one_hot:
         # A gather of rows is slow where the tokens of an image do not lie side by side, and its
         # gradient is a scatter. A product with zeros and ones is exact.
-        count, places = index.shape[1], jnp.arange(x.shape[1])[None, None]
-        if fused is None:
-            matrix = index[..., None] == places
-        else:  # written as one expression, which a compiler makes where the product reads it
-            index = jnp.pad(index, ((0, 0), (0, 1)), constant_values=-1)
-            last = jnp.arange(count + 1)[None, :, None] == count
-            matrix = jnp.where(last, fused[:, None], (index[..., None] == places).astype(F32))
+        matrix = index[..., None] == jnp.arange(x.shape[1])[None, None]
         y = jnp.einsum("bkn,bnd->bkd", matrix.astype(x.dtype), x, preferred_element_type=F32)
+        if fused is not None:  # apart from the product, which would round its shares
+            total = jnp.sum(fused[..., None] * x.astype(F32), axis=1, keepdims=True)
+            y = jnp.concatenate([y, total], axis=1)
         return tokens_outside(y.astype(x.dtype))
     picked = take(x, index)
     if fused is None:

@@ -139,10 +139,11 @@ def merge(
     """
     prefix = tokens.prefix
     patches, size = tokens.x[:, prefix:], tokens.size[:, prefix:]
-    share = share / at_place(total(share, place, count), place)
+    least = jnp.finfo(F32).tiny  # where a place has empty slots alone
+    share = share / at_place(jnp.maximum(total(share, place, count), least), place)
     # As the product reads them; of what rounding leaves of them they are still means.
     share = share.astype(tokens.x.dtype).astype(F32)
-    sums = total(share, place, count)[..., None]  # (B, K, 1)
+    sums = jnp.maximum(total(share, place, count), least)[..., None]  # (B, K, 1)
     x = by_chip(
         lambda *args, form: pool(*args, count, form),
         patches,

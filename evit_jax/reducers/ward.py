@@ -87,7 +87,7 @@ class Ward(Reducer):
         m, at = take(mass, some)[:, None], take(order, some)[:, None]
         # (B, n, c): what it costs to join each of the c, along the last axis, into each of the n.
         cosine = cosines(x, take(x, some) if count < n else None, center=True)
-        joined = mass[:, :, None] * m / (mass[:, :, None] + m)
+        joined = mass[:, :, None] * m / jnp.maximum(mass[:, :, None] + m, SMALLEST)
         cost = jnp.where(
             order[:, :, None] < at, joined * jnp.maximum(1 - cosine, SMALLEST), jnp.inf
         )

@@ -24,7 +24,7 @@ classes that are not the model's, --labels=no) top-1 is left out; the rest needs
   won, lost  images that only the reduced model, or only the dense one, has right
   top1_error standard error of the difference in top-1 to the dense model, on the same images
   images_per_second   median of --rounds turns on the first batch; speedup is over the dense model
-                      in the same round
+                      in the same round; 24 models take turns at a time
   on_frontier         no variant that costs as little, up to 1 %, has a lower kl
 The last line of standard output is a JSON object: `results` has the dense model and an object for
 each method, plan and budget, `refused` those that could not be, with the reason. Equal plans are
@@ -37,7 +37,7 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -63,6 +63,10 @@ from evit_jax.spec import numbers, split_specs
 from evit_jax.storage import write_whole
 from evit_jax.tools.evaluate import BATCH_SIZE, open_data
 from evit_jax.training.trained import ModelSpec, open_spec
+
+# Programs in memory at a time: Linux gives a process 65,530 mappings, and some hundreds of them go to
+# each program on a CPU.
+AT_A_TIME = 24
 
 
 def arguments() -> argparse.Namespace:
@@ -159,23 +163,25 @@ def load_params(spec: ModelSpec, model, shared: dict, devices: DataParallel) -> 
     return devices.init(dict, params)
 
 
-def compile_all(
+def compile_some(
     spec: ModelSpec,
     dense,
-    found: list[Candidate],
+    models: Sequence,
     names: dict,
     card: Preprocessing,
     batch: dict,
     devices: DataParallel,
-) -> tuple[dict[str, Callable], list[Candidate]]:
-    """Compiles the dense model and every different candidate, one after the other.
+    done: Callable[[str], object],
+) -> tuple[dict[str, Callable], dict]:
+    """Compiles the dense model and these models, one after the other.
 
     Args:
       names: model -> name.
       batch: of the shapes and dtypes of all batches, on the devices.
+      done: is handed each name in turn.
 
     Returns:
-      (name -> program of a batch, `DENSE` first; the candidates, some of them refused now).
+      (name -> program of a batch, `DENSE` first; model -> the error that it was refused with).
     """
 
     def program(model, params: dict, batch: dict):
@@ -184,23 +190,17 @@ def compile_all(
         return compiled, jax.block_until_ready(compiled(batch))
 
     shared = devices.init(dict, spec.load_params(dense))
-    models = dict.fromkeys(one.model for one in found if one.model not in (None, dense))
     programs, reasons = {}, {}
-    with tqdm(total=1 + len(models), unit="program", desc="compiling", disable=None) as bar:
-        programs[DENSE], result = program(dense, shared, batch)
-        bar.update()
-        batch = batch | dict(dense=result["logits"])
-        for model in models:
-            bar.set_postfix_str(names[model])
-            try:
-                params = load_params(spec, model, shared, devices)
-                programs[names[model]], _ = program(model, params, batch)
-            except InputError as error:
-                reasons[model] = error
-            bar.update()
-    return programs, [
-        one.refuse(reasons[one.model]) if one.model in reasons else one for one in found
-    ]
+    programs[DENSE], result = program(dense, shared, batch)
+    batch = batch | dict(dense=result["logits"])
+    for model in models:
+        try:
+            params = load_params(spec, model, shared, devices)
+            programs[names[model]], _ = program(model, params, batch)
+        except InputError as error:
+            reasons[model] = error
+        done(names[model])
+    return programs, reasons
 
 
 def turns(
@@ -285,9 +285,6 @@ def main() -> None:
     names = {dense: DENSE}
     for one in found:
         names.setdefault(one.model, one.name)
-    programs, found = compile_all(
-        spec, dense, found, names, card, devices.put(blank_batch(dense, batch_size)), devices
-    )
     trained_on = {} if flags.data or spec.config is None else spec.config["data"]
     batches = pipeline.eval_batches(
         source,
@@ -300,16 +297,35 @@ def main() -> None:
         threads=flags.threads,
         damaged=trained_on.get("damaged", "stop"),
     )
-    total = -(-len(source) // batch_size)
-    with tqdm(total=total, unit="batch", desc="comparing", disable=None) as bar:
+    blank = devices.put(blank_batch(dense, batch_size))
+    models = list(dict.fromkeys(one.model for one in found if one.model not in (None, dense)))
+    groups = [models[i : i + AT_A_TIME] for i in range(0, len(models), AT_A_TIME)] or [[]]
+    if len(groups) > 1:  # images are decoded once
+        batches = list(batches)
+    figures, speeds, reasons = {}, {}, {}
+    with tqdm(total=len(models), unit="model", disable=None) as bar:
 
         def see(host: dict) -> None:
             for number in host["index"][host["damaged"]].tolist():
                 tqdm.write(f"skipped damaged image: {source[number]['name']}", file=sys.stderr)
+
+        def done(name: str) -> None:
+            bar.set_postfix_str(name)
             bar.update()
 
-        figures, first = agreement.beside_dense(batches, programs, devices, see=see)
-    speeds = turns(programs, first, flags.rounds) if flags.rounds else {}
+        for number, group in enumerate(groups):
+            jax.clear_caches()  # a process can hold only so many programs
+            programs, refusals = compile_some(spec, dense, group, names, card, blank, devices, done)
+            passing = (dict(batch) for batch in batches)
+            look = dict(see=see) if not number else {}
+            found_here, first = agreement.beside_dense(passing, programs, devices, **look)
+            timed = turns(programs, first, flags.rounds) if flags.rounds else {}
+            figures, speeds, reasons = (
+                figures | found_here,
+                speeds | timed,
+                reasons | refusals,
+            )
+    found = [one.refuse(reasons[one.model]) if one.model in reasons else one for one in found]
 
     results = rows_of(dense, found, names, figures, speeds, labels=not unlabeled)
     refused = [

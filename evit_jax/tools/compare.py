@@ -64,8 +64,8 @@ from evit_jax.storage import write_whole
 from evit_jax.tools.evaluate import BATCH_SIZE, open_data
 from evit_jax.training.trained import ModelSpec, open_spec
 
-# Programs in memory at a time: Linux gives a process 65,530 mappings, and some hundreds of them go to
-# each program on a CPU.
+# Programs in memory at a time: Linux gives a process 65,530 mappings, and on a CPU each program
+# takes some hundreds of them.
 AT_A_TIME = 24
 
 

@@ -326,7 +326,7 @@ def shifted(
             logs[number] = math.log(kept_count(entry) / n) * (factor if number == block else 1.0)
             n = kept_count(entry) + extra
     last = model.depth - 1
-    tail = model.reducer.last(model.prefix) if keep[last] is not None else None
+    tail = model.last if keep[last] is not None else None
     fixed = dict(
         prefix=model.prefix, extra=extra, smallest=lambda n: model.reducer.smallest(n, model.prefix)
     )

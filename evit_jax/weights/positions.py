@@ -12,20 +12,20 @@ from evit_jax.errors import InputError
 def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None) -> dict:
     """Parameters of one image size -> parameters for `model`, which may have another.
 
-    The patches' part of `pos_embed` (1, prefix + P, D) is resized bicubically as PyTorch does with
-    align_corners=False and no antialiasing, which is what DeiT and EViT do; prefix tokens keep
-    theirs. Everything else is shared with `params`.
+    The patches' part of `pos_embed` (1, placed_prefix + P, D) is resized bicubically as PyTorch
+    does with align_corners=False and no antialiasing, which is what DeiT and EViT do; prefix tokens
+    keep theirs. Everything else is shared with `params`.
 
     Args:
       params: of a model like `model`, with positions for `grid`.
-      model: has `grid` (rows, columns), `patches` and `prefix`.
+      model: has `grid` (rows, columns), `patches` and `placed_prefix`.
       grid: rows and columns that `params` are for; default a square.
 
     Raises:
       InputError: the table does not fit `grid`, or is no square and `grid` is not given.
     """
     table = params["pos_embed"]
-    prefix, patches = table[:, : model.prefix], table[:, model.prefix :]
+    prefix, patches = table[:, : model.placed_prefix], table[:, model.placed_prefix :]
     count, width = patches.shape[1:]
     if grid is None:
         side = math.isqrt(count)

@@ -77,7 +77,9 @@ def test_padding_and_damaged_images_are_not_in_the_bank(tmp_path):
 def test_evaluate_classifies_by_the_neighbors_of_a_labeled_folder(tmp_path, monkeypatch, capsys):
     folder(tmp_path / "labeled", 4, seed=1)
     folder(tmp_path / "test", 3, seed=2)
-    (tmp_path / "test" / "green").rename(tmp_path / "gone")  # the labeled ones say what the names are
+    (tmp_path / "test" / "green").rename(
+        tmp_path / "gone"
+    )  # the labeled ones say what the names are
     write_safetensors(
         tmp_path / "w.safetensors",
         tensors_from_params(init_params(MODEL, jax.random.key(0)), MODEL),

@@ -44,6 +44,7 @@ class Backbone(nn.Module):
       prefix, class_token      tokens in front of the patches, never reduced; whether the first of
                                them is a class token
       placed_prefix            how many of the prefix tokens have a position
+      antialias_positions      how they are resized, see `weights.positions`
       reads_patches, last      whether logits read patches; what a ramp leaves of them in the end
       keep, reducer, remat     fields that may be cloned with other values over the same parameters
       kept, tokens_per_block   the plan with one entry per block; tokens after each, prefix included
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
     distilled: bool = False
     registers: int = 0
     no_embed_class: bool = False  # positions are for patches only
+    antialias_positions: bool = False  # as they are resized, see `weights.positions`
     pre_norm: bool = False  # a norm before the blocks, and patches without a bias (CLIP)
     embed_norm: bool = False  # a norm of the embedded patches, before positions
     layer_scale: float | None = None  # what LayerScale starts from; None has none

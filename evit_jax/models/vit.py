@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from evit_jax.models.backbone import Backbone
 from evit_jax.models.block import Block, reduce
-from evit_jax.models.card import IMAGENET, Preprocessing
 from evit_jax.models.layers import Affine, dropout, embed_patches, fold, norm, weight_init
 from evit_jax.models.pooling import MapPool, average
 from evit_jax.runtime.forms import by_chip
@@ -229,22 +228,3 @@ class ViT(Backbone):
 
 
 MODEL = ViT  # what create_model("vit") builds
-
-SIZES = {
-    "tiny": dict(width=192, num_heads=3),
-    "small": dict(width=384, num_heads=6),
-    "base": dict(width=768, num_heads=12),
-}
-# DeiT and EViT evaluate at 224/256 of the resized side at every size; timm's ViTs have their own.
-DEIT = Preprocessing(**IMAGENET, crop=224 / 256)
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-NAMED = {
-    f"{family}_{size}{distilled}_patch16_{pixels}": (
-        SIZES[size] | dict(image_size=pixels, patch_size=16, distilled=bool(distilled)),
-        DEIT if family == "deit" else Preprocessing(**HALF, crop=0.9 if pixels == 224 else 1.0),
-    )
-    for family, distilled in (("vit", ""), ("deit", ""), ("deit", "_distilled"))
-    for size in SIZES
-    for pixels in (224, 384)
-    if pixels == 224 or size == "base"
-}

@@ -41,9 +41,10 @@ def gelu_then_dense(
     return gelu(x) @ kernel + bias[None, None]
 
 
-def norm(name: str) -> nn.LayerNorm:
-    """LayerNorm as in DeiT (epsilon 1e-6), computed and returned in float32."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+def norm(name: str, kind: str = "layer", eps: float = 1e-6) -> nn.Module:
+    """The norm module of a kind, "layer" or "rms", computed and returned in float32."""
+    module = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
+    return module(epsilon=eps, dtype=jnp.float32, name=name)
 
 
 def fold(rngs: jax.Array | None, number: int) -> jax.Array | None:
@@ -72,14 +73,16 @@ class Affine(nn.Module):
     """The parameters of a dense layer, for products that are not x @ kernel + bias."""
 
     features: int
+    use_bias: bool = True
     kernel_init: nn.initializers.Initializer = weight_init
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, width: int) -> tuple[jax.Array, jax.Array]:
-        """Kernel (width, features) and bias (features,), float32."""
+    def __call__(self, width: int) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel (width, features) and bias (features,), float32; no bias is None."""
         kernel = self.param("kernel", self.kernel_init, (width, self.features))
-        return kernel, self.param("bias", self.bias_init, (self.features,))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        return kernel, bias
 
 
 def embed_patches(

@@ -291,7 +291,7 @@ def shifted(model, keep: Keep, block: int, factor: float, budget: float) -> Keep
             logs[number] = math.log(kept_count(entry) / n) * (factor if number == block else 1.0)
             n = kept_count(entry) + extra
     last = model.depth - 1
-    tail = model.reducer.last(model.prefix) if keep[last] is not None else None
+    tail = model.last if keep[last] is not None else None
 
     def plan(scale: float) -> Keep:
         entries, n = [], model.patches

@@ -190,5 +190,5 @@ def prices(model, price: Price) -> list[float]:
 
 def attention_share(model, tokens: int) -> float:
     """Of a block's multiply-accumulates, at so many tokens."""
-    alone = block_macs(tokens, 0, model.width, model.hidden)
-    return alone / block_macs(tokens, tokens, model.width, model.hidden)
+    sizes = dict(width=model.width, hidden=model.hidden, gated=model.gated)
+    return block_macs(tokens, 0, **sizes) / block_macs(tokens, tokens, **sizes)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models by name.
 
-A backbone is one file of this folder with `MODEL`, its Linen module, and `NAMED`, its published
-variants: name -> (settings, Preprocessing). `create_model("vit", width=48, ...)` builds a backbone
-from settings, `create_model("deit_small_patch16_224")` a variant, with settings to change.
+A backbone is one file of this folder with `MODEL`, its Linen module; its published variants are in
+the table of named.py. `create_model("vit", width=48, ...)` builds a backbone from settings,
+`create_model("deit_small_patch16_224")` a variant, with settings to change.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError, check_name, check_names
+from evit_jax.models import named
 from evit_jax.models.card import Preprocessing
 from evit_jax.plan.files import read_plan
 from evit_jax.reducers import create_reducer
@@ -36,26 +37,26 @@ def backbones() -> dict:
 
 
 def find_model(name: str):
-    """Name of a backbone or variant -> (Linen class, its settings, Preprocessing)."""
-    known = {}
-    for backbone, module in backbones().items():
-        known[backbone] = (module.MODEL, {}, Preprocessing())
-        for variant, (settings, preprocessing) in module.NAMED.items():
-            known[variant] = (module.MODEL, settings, preprocessing)
-    return known[check_name("model", name, known)]
+    """Name of a backbone or variant, with or without tag -> (Linen class, settings, card)."""
+    modules = backbones()
+    if name in modules:
+        return modules[name].MODEL, {}, Preprocessing()
+    check_name("model", name.partition(".")[0], [*modules, *named.table()])
+    backbone, settings, card = named.find(name)
+    return modules[backbone].MODEL, settings, card
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names that `create_model` takes, sorted: backbones and their published variants.
+def list_models(pattern: str = "*", *, tags: bool = False) -> list[str]:
+    """The names that `create_model` takes, sorted: backbones and the variants that timm names.
 
     Args:
       pattern: which of them, with * for any characters and ? for one, such as "*tiny*".
+      tags: variants once for each of their tags instead, without backbones.
 
     Raises:
       InputError: no name matches; the text names the closest one.
     """
-    modules = backbones()
-    known = [*modules, *(name for module in modules.values() for name in module.NAMED)]
+    known = named.names(tags=True) if tags else [*backbones(), *named.names()]
     found = sorted(fnmatch.filter(known, pattern))
     if not found:
         closest = difflib.get_close_matches(pattern.strip("*"), known, n=1, cutoff=0)[0]

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from evit_jax.errors import InputError
+from evit_jax.errors import InputError, check_name
+from evit_jax.models.layers import ACTIVATIONS
 from evit_jax.plan import flops
 from evit_jax.plan.counts import (
     Entry,
@@ -23,6 +24,13 @@ from evit_jax.plan.ramp import first_block, ramp, ramp_within
 from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
+CHOICES = dict(
+    norm=("layer", "rms"),
+    activation=tuple(ACTIVATIONS),
+    mlp=("plain", "swiglu", "swiglu_packed"),
+    pool=("token", "avg", "map"),
+)
+
 
 class Backbone(nn.Module):
     """Base of all backbones: images (B, H, W, 3) -> (logits (B, num_classes) float32, out).
@@ -31,17 +39,20 @@ class Backbone(nn.Module):
 
     What the rest of the package reads of a model, and a new backbone has to mean the same by:
       image_size, patch_size   (height, width) in pixels
-      width, depth, num_heads, hidden, num_classes, dtype
+      width, depth, num_heads, hidden, gated, num_classes, dtype
       grid, patches            rows and columns of patches; P, their number
       prefix, class_token      tokens in front of the patches, never reduced; whether the first of
                                them is a class token
+      placed_prefix            how many of the prefix tokens have a position
+      antialias_positions      how they are resized, see `weights.positions`
+      reads_patches, last      whether logits read patches; what a ramp leaves of them in the end
       keep, reducer, remat     fields that may be cloned with other values over the same parameters
       kept, tokens_per_block   the plan with one entry per block; tokens after each, prefix included
       plan(...)                rates, counts or a budget -> `keep`
       stem_macs, head_macs     multiply-accumulates of one image before the first and after the last
                                block
-    and of its parameters: `pos_embed` (1, prefix + P, D), heads whose names begin with `head`,
-    blocks called `blocks_0` and so on, and in each `reduction` for a reducer's own.
+    and of its parameters: `pos_embed` (1, placed_prefix + P, D), heads, named `head...`, and
+    blocks, named `blocks_0` and so on, with a `reduction` in each for a reducer's own.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -50,7 +61,29 @@ class Backbone(nn.Module):
     depth: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: the pooled features instead of logits
+    # In front of the patches: class, distillation token (with a head of its own), registers.
+    class_token: bool = True
+    distilled: bool = False
+    registers: int = 0
+    no_embed_class: bool = False  # positions are for patches only
+    antialias_positions: bool = False  # as they are resized, see `weights.positions`
+    pre_norm: bool = False  # a norm before the blocks, and patches without a bias (CLIP)
+    embed_norm: bool = False  # a norm of the embedded patches, before positions
+    layer_scale: float | None = None  # what LayerScale starts from; None has none
+    post_norm: bool = False  # norms after attention and MLP, not before
+    qk_norm: bool = False  # of each head's queries and keys
+    inner_norm: bool = False  # of what enters the projection and the MLP's second layer (BEiT-3)
+    norm: str = "layer"  # or "rms"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    proj_bias: bool = True  # of the projection and the MLP
+    activation: str = "gelu"  # or "gelu_tanh", "quick_gelu", "silu"
+    mlp: str = "plain"  # or "swiglu", "swiglu_packed", see `layers.Mlp`
+    pool: str = "token"  # or "avg", "map": what logits read, the first token or patches
+    pool_heads: int | None = None  # of map pooling; None: num_heads
+    fc_norm: bool | None = None  # the last norm after pooling, not before; None: where pool is avg
+    final_norm: bool = True
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
     keep: Keep = ()  # patch tokens kept by each block, from `plan`; () keeps all
@@ -74,17 +107,36 @@ class Backbone(nn.Module):
     @property
     def prefix(self) -> int:
         """Tokens in front of the patches, never reduced."""
-        return int(self.class_token)
+        return self.class_token + self.distilled + self.registers
 
     @property
-    def class_token(self) -> bool:
-        """Whether the first token is a class token."""
-        return True
+    def placed_prefix(self) -> int:
+        """Prefix tokens that have a position embedding."""
+        return 0 if self.no_embed_class else self.prefix
 
     @property
     def hidden(self) -> int:
-        """Width of the MLPs."""
-        return int(self.width * self.mlp_ratio)
+        """Width of what enters the MLP's second layer."""
+        first = int(self.width * self.mlp_ratio)
+        return first // 2 if self.mlp == "swiglu_packed" else first
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's first layer makes a gate besides."""
+        return self.mlp != "plain"
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether logits read the patch tokens, not the prefix alone."""
+        return self.pool != "token"
+
+    @property
+    def last(self) -> int | None:
+        """What a ramp leaves of the last block's patch tokens at most; None: no less than others.
+
+        A method may leave few of them, but not where logits read them.
+        """
+        return None if self.reads_patches else self.reducer.last(self.prefix)
 
     @property
     def stem_macs(self) -> int:
@@ -94,8 +146,13 @@ class Backbone(nn.Module):
 
     @property
     def head_macs(self) -> int:
-        """Multiply-accumulates of one image's classifier."""
-        return self.width * self.num_classes
+        """Multiply-accumulates of one image's map pooling and classifiers."""
+        macs = (1 + self.distilled) * self.width * self.num_classes
+        if self.pool == "map":  # keys, values, logits and their sum; query, projection and MLP
+            patches = self.tokens_per_block[-1] - self.prefix
+            macs += 2 * patches * self.width**2 + 2 * patches * self.width
+            macs += 2 * self.width**2 + 2 * self.width * int(self.width * self.mlp_ratio)
+        return macs
 
     @property
     def tokens_per_block(self) -> tuple[int, ...]:
@@ -212,7 +269,7 @@ class Backbone(nn.Module):
                 self.depth,
                 first=first,
                 rate=rate,
-                last=self.reducer.last(self.prefix) if rate < 1 else None,
+                last=self.last if rate < 1 else None,
                 smallest=lambda n: self.reducer.smallest(n, self.prefix),
             )
 
@@ -227,11 +284,18 @@ class Backbone(nn.Module):
 
     def check(self) -> None:
         """Raises InputError for impossible sizes, broken patches and heads that do not fit."""
-        for name in ("width", "depth", "num_heads", "num_classes"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+        fewest = dict(width=1, depth=1, num_heads=1, num_classes=0, registers=0)
+        for name, least in fewest.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise InputError(
-                    f"{name} must be a whole number from 1 up, got {getattr(self, name)}"
+                    f"{name} must be a whole number from {least} up, got {getattr(self, name)}"
                 )
+        for name, choices in CHOICES.items():
+            check_name(name, getattr(self, name), choices)
+        if not self.class_token and (self.pool == "token" or self.distilled):
+            raise InputError(
+                "a model without a class token needs pool='avg' or pool='map', and is not distilled"
+            )
         for name in ("drop_path_rate", "dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -245,10 +309,11 @@ class Backbone(nn.Module):
                     f"image {side} {image} is not a multiple of the patch {side} {patch}; "
                     f"the nearest that is: {near}"
                 )
-        if self.width % self.num_heads:
-            raise InputError(
-                f"width {self.width} does not divide into {self.num_heads} heads of equal width"
-            )
+        for heads in (self.num_heads, self.pool_heads or 1):
+            if self.width % heads:
+                raise InputError(
+                    f"width {self.width} does not divide into {heads} heads of equal width"
+                )
         if self.reducer.site not in SITES:
             raise InputError(
                 f"{self.reducer} works at the site {self.reducer.site!r}; there are "

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.models.attention import Attention
-from evit_jax.models.layers import Mlp, dropout, fold, norm
+from evit_jax.models.layers import LayerScale, Mlp, dropout, fold, norm
 from evit_jax.plan.counts import Entry
 from evit_jax.tokens import Reducer, Signals, Tokens
 
@@ -24,10 +24,10 @@ def reduce(
 
 
 class Block(nn.Module):
-    """A pre-norm block that may reduce its tokens."""
+    """A block that may reduce its tokens; the switches are those of `Backbone`."""
 
     num_heads: int
-    hidden: int  # width of the MLP
+    hidden: int  # width of what enters the MLP's second layer
     reducer: Reducer
     keep: Entry = None  # patch tokens the reducer keeps; None does not reduce
     layer: int = 0  # the block's number
@@ -35,6 +35,16 @@ class Block(nn.Module):
     drop_path_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
     pallas: bool = False  # see `Backbone.pallas`
+    layer_scale: float | None = None
+    post_norm: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    inner_norm: bool = False
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    activation: str = "gelu"
+    mlp: str = "plain"
 
     @nn.compact
     def __call__(
@@ -55,8 +65,12 @@ class Block(nn.Module):
             tokens = reduce(self, self.reducer, tokens, signals, self.keep)
 
         before = tokens.x
+        norms = dict(norm=self.norm, norm_eps=self.norm_eps, inner_norm=self.inner_norm)
         attention = Attention(self.num_heads, self.dtype, self.pallas, name="attn")
-        y, parts = attention(norm("norm1")(before), tokens.weight, first)
+        enters = before if self.post_norm else self.normed("norm1", before)
+        y, parts = attention(enters, tokens.weight, first)
+        y = self.normed("norm1", y).astype(self.dtype) if self.post_norm else y
+        y = y if self.layer_scale is None else LayerScale(self.layer_scale, name="ls1")(y)
         y = dropout(y, self.dropout_rate, fold(rngs, 0))
         y = dropout(y, self.drop_path_rate, fold(rngs, 1), whole=True)
         signals = signals.replace(
@@ -71,7 +85,23 @@ class Block(nn.Module):
         if site == "between" and first is None:
             tokens = reduce(self, self.reducer, tokens, signals, self.keep)
 
-        mlp = Mlp(self.hidden, self.dropout_rate, self.dtype, name="mlp")
-        y = mlp(norm("norm2")(tokens.x).astype(self.dtype), fold(rngs, 3))
+        mlp = Mlp(
+            self.hidden,
+            self.dropout_rate,
+            self.dtype,
+            kind=self.mlp,
+            activation=self.activation,
+            use_bias=self.proj_bias,
+            **norms,
+            name="mlp",
+        )
+        enters = tokens.x if self.post_norm else self.normed("norm2", tokens.x)
+        y = mlp(enters.astype(self.dtype), fold(rngs, 3))
+        y = self.normed("norm2", y).astype(self.dtype) if self.post_norm else y
+        y = y if self.layer_scale is None else LayerScale(self.layer_scale, name="ls2")(y)
         y = dropout(y, self.drop_path_rate, fold(rngs, 4), whole=True)
         return tokens.replace(x=tokens.x + y), signals
+
+    def normed(self, name: str, x: jax.Array) -> jax.Array:
+        """x (B, N, D) after the norm of this name, float32."""
+        return norm(name, self.norm, self.norm_eps)(x)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small parts of a Vision Transformer: norm, GELU, dropout, MLP.
+"""The small parts of a Vision Transformer: norm, activations, dropout, LayerScale, MLPs.
 
 Parameters are float32; `dtype` is the compute dtype; norms run in float32.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -29,16 +31,30 @@ def gelu_of(x: jax.Array, form: Form = EXACT) -> jax.Array:
 
 
 def gelu_then_dense(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, form: Form = EXACT
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, form: Form = EXACT
 ) -> jax.Array:
-    """GELU of x (B, N, E), then a dense layer (E, D) and (D,) -> (B, N, D)."""
+    """GELU of x (B, N, E), then a dense layer (E, D) and (D,) or None -> (B, N, D)."""
 
     def both(x, kernel, bias):
-        return gelu_of(x, form) @ kernel + bias[None, None]
+        return dense(gelu_of(x, form), kernel, bias)
 
     if form.redo_gelu:  # in the backward pass, instead of storing what enters the product
         return jax.checkpoint(both)(x, kernel, bias)
-    return gelu(x) @ kernel + bias[None, None]
+    return dense(gelu(x), kernel, bias)
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """A dense layer of x (B, N, E) with a kernel (E, D) and a bias (D,) or None -> (B, N, D)."""
+    y = x @ kernel
+    return y if bias is None else y + bias[None, None]
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+    "silu": nn.silu,
+}
 
 
 def norm(name: str, kind: str = "layer", eps: float = 1e-6) -> nn.Module:
@@ -69,6 +85,17 @@ def dropout(x: jax.Array, rate: float, rngs: jax.Array | None, *, whole: bool = 
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
+class LayerScale(nn.Module):
+    """Times a learned number per channel: x (B, N, D) -> (B, N, D), in its dtype."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        initial = nn.initializers.constant(self.initial)
+        return x * self.param("gamma", initial, x.shape[-1:]).astype(x.dtype)[None, None]
+
+
 class Affine(nn.Module):
     """The parameters of a dense layer, for products that are not x @ kernel + bias."""
 
@@ -88,7 +115,7 @@ class Affine(nn.Module):
 def embed_patches(
     images: jax.Array,
     kernel: jax.Array,
-    bias: jax.Array,
+    bias: jax.Array | None,
     patch_size: tuple[int, int],
     form: Form = EXACT,
 ) -> jax.Array:
@@ -96,7 +123,7 @@ def embed_patches(
 
     Args:
       images: (B, H, W, 3) float32.
-      kernel, bias: (h * w * 3, D) and (D,), in the dtype of the computation.
+      kernel, bias: (h * w * 3, D) and (D,) or None, in the dtype of the computation.
       patch_size: (h, w), of which H and W are multiples.
 
     Returns:
@@ -113,26 +140,56 @@ def embed_patches(
         x = jax.lax.conv_general_dilated(
             images, windows, patch_size, "VALID", dimension_numbers=layout
         )
-        x = (x + bias.astype(jnp.float32)[None, None, None]).astype(kernel.dtype)
-        return x.reshape(batch, rows * columns, -1)
+        if bias is not None:
+            x = x + bias.astype(jnp.float32)[None, None, None]
+        return x.astype(kernel.dtype).reshape(batch, rows * columns, -1)
     patches = images.astype(kernel.dtype).reshape(batch, rows, high, columns, wide, 3)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-    return patches @ kernel + bias[None, None]
+    return dense(patches, kernel, bias)
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between them."""
+    """Two dense layers with an activation between them, which may gate (SwiGLU).
 
-    hidden: int
+    kind             leaves of the first layer, and what enters the second
+    "plain"          fc1: act(fc1 x)
+    "swiglu"         fc1_g, fc1_x: act(fc1_g x) * fc1_x x
+    "swiglu_packed"  fc1, twice as wide: act(its first half) * its second half
+    """
+
+    hidden: int  # width of what enters the second layer
     dropout_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    kind: str = "plain"
+    activation: str = "gelu"
+    use_bias: bool = True
+    inner_norm: bool = False  # of what enters the second layer (BEiT-3, EVA-02)
+    norm: str = "layer"
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array, rngs: jax.Array | None) -> jax.Array:
-        y = nn.Dense(self.hidden, name="fc1", kernel_init=weight_init, dtype=self.dtype)(x)
-        layer = Affine(x.shape[-1], name="fc2")(self.hidden)
-        kernel, bias = (a.astype(self.dtype) for a in layer)
-        if rngs is None or not self.dropout_rate:
+        first = functools.partial(
+            nn.Dense, kernel_init=weight_init, use_bias=self.use_bias, dtype=self.dtype
+        )
+        act = ACTIVATIONS[self.activation]
+        if self.kind == "swiglu":
+            gate, y = first(self.hidden, name="fc1_g")(x), first(self.hidden, name="fc1_x")(x)
+            y = act(gate) * y
+        elif self.kind == "swiglu_packed":
+            gate, y = jnp.split(first(2 * self.hidden, name="fc1")(x), 2, axis=-1)
+            y = act(gate) * y
+        else:
+            y = first(self.hidden, name="fc1")(x)
+
+        layer = Affine(x.shape[-1], self.use_bias, name="fc2")(self.hidden)
+        kernel, bias = jax.tree.map(lambda a: a.astype(self.dtype), layer)
+        drops = rngs is not None and self.dropout_rate
+        if self.kind == "plain" and self.activation == "gelu" and not (drops or self.inner_norm):
             return by_chip(gelu_then_dense, y, kernel, bias, dtype=self.dtype)
-        y = dropout(gelu(y), self.dropout_rate, fold(rngs, 0))
-        return dropout(y @ kernel + bias[None, None], self.dropout_rate, fold(rngs, 1))
+        if self.kind == "plain":
+            y = act(y)
+        y = dropout(y, self.dropout_rate, fold(rngs, 0))
+        if self.inner_norm:
+            y = norm("norm", self.norm, self.norm_eps)(y).astype(self.dtype)
+        return dropout(dense(y, kernel, bias), self.dropout_rate, fold(rngs, 1))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformer (ViT, DeiT, distilled DeiT) with a token reducer in its blocks.
+"""The Vision Transformer with a token reducer in its blocks: DeiT, DINOv2, CLIP, SigLIP, ...
+
+What makes one of these of it are the switches of `models.backbone.Backbone`; without any it is
+DeiT.
 
 Letters: B images, P original patches, N tokens, D width.
 """
@@ -14,37 +17,30 @@ import jax.numpy as jnp
 
 from evit_jax.models.backbone import Backbone
 from evit_jax.models.block import Block, reduce
-from evit_jax.models.card import IMAGENET, Preprocessing
 from evit_jax.models.layers import Affine, dropout, embed_patches, fold, norm, weight_init
+from evit_jax.models.pooling import MapPool, average
 from evit_jax.runtime.forms import by_chip
-from evit_jax.tokens import Signals, Tokens
+from evit_jax.tokens import Signals, Tokens, unmerge
 
 
 class ViT(Backbone):
     """images (B, H, W, 3) -> (logits (B, num_classes) float32, out).
 
-    `out` holds what a user may want besides; jit removes what is not returned from it:
+    With num_classes=0 the pooled features (B, D) float32 take the place of logits. `out` holds what
+    a user may want besides; jit removes what is not returned from it:
       owner          one (B, P) int32 per block that reduced, see `tokens.Tokens`
       cls_attention  one (B, N) float32 per block: the class token's attention, mean over heads
       blocks         one (B, N, D) per block: the tokens after it
       size           (B, N) float32: original patches inside each final token
       aux            name -> what reducing blocks reported, see `Tokens.report`
-      features       (B, prefix, D) float32: the prefix tokens after the last norm
+      features       (B, prefix, D) float32: the prefix tokens after the last norm; (B, 1, D), the
+                     pooled features, where logits read patches
+      dense          (B, P, D) float32: a feature of every original patch, see `tokens.unmerge`,
+                     after the last norm where that comes before pooling
+      pool_attention (B, n) float32, map pooling only: what the probe attends to, mean over heads
       logits_dist    (B, num_classes) float32, distilled models only: the distillation head, while
       logits_cls     (B, num_classes) float32 is the class head; `logits` is their mean
     """
-
-    distilled: bool = False  # a second prefix token with a head of its own
-
-    @property
-    def prefix(self) -> int:
-        """Tokens in front of the patches, never reduced: class and distillation token."""
-        return 1 + self.distilled
-
-    @property
-    def head_macs(self) -> int:
-        """Multiply-accumulates of one image's classifiers."""
-        return (1 + self.distilled) * self.width * self.num_classes
 
     @nn.compact
     def __call__(
@@ -75,24 +71,13 @@ class ViT(Backbone):
             depth=self.depth,
             train=train,
         )
-        seen, owners, blocks = [], [], []
+        seen, owners, blocks, last = [], [], [], None
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block  # 4 is `first`
         for i, keep in enumerate(self.kept):
-            module = block(
-                num_heads=self.num_heads,
-                hidden=self.hidden,
-                reducer=self.reducer,
-                keep=keep,
-                layer=i,
-                dropout_rate=self.dropout_rate,
-                drop_path_rate=self.drop_path_rate * i / max(self.depth - 1, 1),
-                dtype=self.dtype,
-                pallas=self.pallas,
-                name=f"blocks_{i}",
-            )
+            module = block(**self.block_settings(i), keep=keep, name=f"blocks_{i}")
             # Recomputed blocks store what goes in, so signals go in only where they are read.
             before = seen[-1] if seen and self.reducer.site == "input" else nothing
-            if i == self.depth - 1:
+            if i == self.depth - 1 and not self.reads_patches:
                 # The logits read the prefix tokens alone. So these are computed by themselves, and
                 # jit removes the rest of the last block wherever nobody asks for its patches.
                 last, _ = module(tokens, before, fold(rngs, i), self.prefix)
@@ -105,23 +90,88 @@ class ViT(Backbone):
             if keep is not None:
                 owners.append(tokens.owner)
 
-        features = norm("norm")(last.x)
-        head = dict(kernel_init=weight_init, dtype=jnp.float32)
-        logits = nn.Dense(self.num_classes, name="head", **head)(features[:, 0])
-        out: dict[str, Any] = dict(
+        logits, read = self.head(tokens, last)
+        out = dict(
             owner=tuple(owners),
             cls_attention=tuple(s.class_attention() for s in seen if s.class_token),
             blocks=tuple(blocks),
             size=tokens.size,
             aux=tokens.aux,
-            features=features,
         )
-        if self.distilled:
-            out["logits_cls"] = logits
-            out["logits_dist"] = nn.Dense(self.num_classes, name="head_dist", **head)(
-                features[:, 1]
-            )
-            logits = (out["logits_cls"] + out["logits_dist"]) / 2
+        return logits, out | read
+
+    def block_settings(self, number: int) -> dict[str, Any]:
+        """The fields of a block, but for what it keeps and its name."""
+        return dict(
+            num_heads=self.num_heads,
+            hidden=self.hidden,
+            reducer=self.reducer,
+            layer=number,
+            dropout_rate=self.dropout_rate,
+            drop_path_rate=self.drop_path_rate * number / max(self.depth - 1, 1),
+            dtype=self.dtype,
+            pallas=self.pallas,
+            layer_scale=self.layer_scale,
+            post_norm=self.post_norm,
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+            proj_bias=self.proj_bias,
+            inner_norm=self.inner_norm,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            activation=self.activation,
+            mlp=self.mlp,
+        )
+
+    def head(self, tokens: Tokens, last: Tokens | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits, and what `out` has of their making.
+
+        Args:
+          tokens: all that leave the last block.
+          last: its prefix tokens alone, where logits read no others.
+        """
+        after_pooling = self.pool == "avg" if self.fc_norm is None else self.fc_norm
+        normed = fc_normed = functools.partial(jnp.asarray, dtype=jnp.float32)
+        if self.final_norm and after_pooling:
+            fc_normed = norm("fc_norm", self.norm, self.norm_eps)
+        elif self.final_norm:
+            normed = norm("norm", self.norm, self.norm_eps)
+
+        out: dict[str, jax.Array] = {}
+        if last is None:
+            x, size = normed(tokens.x)[:, self.prefix :], tokens.size[:, self.prefix :]
+            if self.pool == "map":
+                pool = MapPool(
+                    self.pool_heads or self.num_heads,
+                    int(self.width * self.mlp_ratio),
+                    activation=self.activation,
+                    norm=self.norm,
+                    norm_eps=self.norm_eps,
+                    dtype=self.dtype,
+                    name="attn_pool",
+                )
+                pooled, out["pool_attention"] = pool(x, size)
+            else:
+                pooled = average(x, size)
+            features = pooled[:, None]
+        else:
+            features = normed(last.x)
+        features = out["features"] = fc_normed(features)
+
+        layer = functools.partial(
+            nn.Dense, self.num_classes, kernel_init=weight_init, dtype=jnp.float32
+        )
+        if not self.num_classes:
+            logits = features[:, 0]
+            logits = (logits + features[:, 1]) / 2 if self.distilled else logits
+        else:
+            logits = layer(name="head")(features[:, 0])
+            if self.distilled:
+                out["logits_cls"] = logits
+                out["logits_dist"] = layer(name="head_dist")(features[:, 1])
+                logits = (out["logits_cls"] + out["logits_dist"]) / 2
+        dense = normed(tokens.x)
+        out["dense"] = unmerge(dense, tokens.owner, prefix=self.prefix)
         return logits, out
 
     def embed(self, images: jax.Array, rngs: jax.Array | None) -> Tokens:
@@ -136,21 +186,37 @@ class ViT(Backbone):
             return uniform(key, shape, dtype) - pixels**-0.5
 
         layer = Affine(
-            self.width, kernel_init=default_init, bias_init=default_init, name="patch_embed"
+            self.width,
+            use_bias=not self.pre_norm,
+            kernel_init=default_init,
+            bias_init=default_init,
+            name="patch_embed",
         )
-        kernel, bias = (a.astype(self.dtype) for a in layer(pixels))
+        kernel, bias = jax.tree.map(lambda a: a.astype(self.dtype), layer(pixels))
         patches = functools.partial(embed_patches, patch_size=self.patch_size)
         x = by_chip(patches, images, kernel, bias, dtype=self.dtype)  # (B, P, D)
+        if self.embed_norm:
+            x = norm("patch_embed_norm", self.norm, self.norm_eps)(x).astype(self.dtype)
 
-        names = ("cls_token", "dist_token")[: self.prefix]
-        prefix = [self.param(name, weight_init, (1, 1, self.width)) for name in names]
+        counts = dict(cls_token=self.class_token, dist_token=self.distilled)
+        counts["reg_token"] = self.registers
+        prefix = [
+            self.param(name, weight_init, (1, int(count), self.width))
+            for name, count in counts.items()
+            if count
+        ]
         positions = self.param(
-            "pos_embed", weight_init, (1, self.prefix + self.patches, self.width)
+            "pos_embed", weight_init, (1, self.placed_prefix + self.patches, self.width)
         )
-        prefix = [jnp.broadcast_to(token, (batch, 1, self.width)) for token in prefix]
+        if self.no_embed_class:
+            x = x + positions.astype(self.dtype)
+        prefix = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in prefix]
         x = jnp.concatenate([*(token.astype(self.dtype) for token in prefix), x], axis=1)
-        x = x + positions.astype(self.dtype)
+        if not self.no_embed_class:
+            x = x + positions.astype(self.dtype)
         x = dropout(x, self.dropout_rate, rngs)
+        if self.pre_norm:
+            x = norm("norm_pre", self.norm, self.norm_eps)(x).astype(self.dtype)
         return Tokens(
             x=x,
             size=jnp.ones(x.shape[:2], jnp.float32),
@@ -162,22 +228,3 @@ class ViT(Backbone):
 
 
 MODEL = ViT  # what create_model("vit") builds
-
-SIZES = {
-    "tiny": dict(width=192, num_heads=3),
-    "small": dict(width=384, num_heads=6),
-    "base": dict(width=768, num_heads=12),
-}
-# DeiT and EViT evaluate at 224/256 of the resized side at every size; timm's ViTs have their own.
-DEIT = Preprocessing(**IMAGENET, crop=224 / 256)
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-NAMED = {
-    f"{family}_{size}{distilled}_patch16_{pixels}": (
-        SIZES[size] | dict(image_size=pixels, patch_size=16, distilled=bool(distilled)),
-        DEIT if family == "deit" else Preprocessing(**HALF, crop=0.9 if pixels == 224 else 1.0),
-    )
-    for family, distilled in (("vit", ""), ("deit", ""), ("deit", "_distilled"))
-    for size in SIZES
-    for pixels in (224, 384)
-    if pixels == 224 or size == "base"
-}

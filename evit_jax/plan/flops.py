@@ -9,10 +9,14 @@ ToMe, and 3 to 4 % of a DeiT-Tiny for methods that compare whole tokens.
 """
 
 
-def block_macs(entering: int, leaving: int, width: int, hidden: int) -> int:
-    """MACs of one block whose attention sees `entering` tokens and whose MLP sees `leaving`."""
+def block_macs(entering: int, leaving: int, width: int, hidden: int, *, gated: bool = False) -> int:
+    """MACs of one block whose attention sees `entering` tokens and whose MLP sees `leaving`.
+
+    Args:
+      gated: whether the MLP's first layer makes two of width `hidden` (SwiGLU), not one.
+    """
     attention = 4 * entering * width**2 + 2 * entering**2 * width
-    return attention + 2 * leaving * width * hidden
+    return attention + (2 + gated) * leaving * width * hidden
 
 
 def seen_by(site: str, entering: int, leaving: int) -> tuple[int, int]:
@@ -29,7 +33,7 @@ def macs(model) -> int:
     total, entering = model.stem_macs + model.head_macs, model.prefix + model.patches
     for keep, leaving in zip(model.kept, model.tokens_per_block, strict=True):
         tokens = seen_by(model.reducer.site, entering, leaving)
-        total += block_macs(*tokens, model.width, model.hidden)
+        total += block_macs(*tokens, model.width, model.hidden, gated=model.gated)
         if keep is not None:
             total += model.reducer.matching_macs(
                 entering - model.prefix, keep, model.prefix, model.width, model.num_heads
@@ -41,11 +45,15 @@ def macs(model) -> int:
 def logit_macs(model) -> int:
     """MACs done where logits alone are asked for: `macs` without what the last block leaves out.
 
-    That is the queries' attention, the projection and the MLP of all but the prefix tokens.
+    That is the queries' attention, the projection and the MLP of all but the prefix tokens; nothing
+    where logits read the patches.
     """
+    if model.reads_patches:
+        return macs(model)
     before = (model.prefix + model.patches, *model.tokens_per_block)[-2]
     seen = seen_by(model.reducer.site, before, model.tokens_per_block[-1])
-    whole = block_macs(*seen, model.width, model.hidden)
+    whole = block_macs(*seen, model.width, model.hidden, gated=model.gated)
     keys_and_queries = 3 * seen[0] * model.width**2
-    asking = 2 * seen[0] * model.width + model.width**2 + 2 * model.width * model.hidden
+    mlp = (2 + model.gated) * model.width * model.hidden
+    asking = 2 * seen[0] * model.width + model.width**2 + mlp
     return macs(model) - whole + keys_and_queries + model.prefix * asking

@@ -36,13 +36,14 @@ NPZ_NAMES = (
     ),
     (BLOCK + r"MultiHeadDotProductAttention_[01]/out/(kernel|bias)", r"blocks.\1.attn.proj.\2"),
 )
+STEM = {"patch_embed": "patch_embed.proj", "patch_embed_norm": "patch_embed.norm"}
 SPLIT = re.compile(r"(.*attn\.)(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.(weight|bias)")
 
 
 def timm_name(path: tuple[str, ...]) -> str:
     """("blocks_3", "attn", "qkv", "kernel") -> "blocks.3.attn.qkv.weight"."""
     *parts, leaf = path
-    parts = ["patch_embed.proj" if p == "patch_embed" else p.replace("s_", "s.") for p in parts]
+    parts = [STEM.get(p, p.replace("s_", "s.")) for p in parts]
     return ".".join([*parts, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
 
 
@@ -185,7 +186,7 @@ def grouped(problems: list[str]) -> list[str]:
 
 def positions_fit(table: np.ndarray, fresh: jax.Array, model) -> bool:
     """Whether a table of other length is for a square grid, so that it can be resized."""
-    patches = table.shape[1] - model.prefix if table.ndim == 3 else -1
+    patches = table.shape[1] - model.placed_prefix if table.ndim == 3 else -1
     square = patches > 0 and int(patches**0.5) ** 2 == patches
     return square and table.shape != fresh.shape and table.shape[2] == fresh.shape[2]
 

@@ -12,20 +12,21 @@ from evit_jax.errors import InputError
 def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None) -> dict:
     """Parameters of one image size -> parameters for `model`, which may have another.
 
-    The patches' part of `pos_embed` (1, prefix + P, D) is resized bicubically as PyTorch does with
-    align_corners=False and no antialiasing, which is what DeiT and EViT do; prefix tokens keep
-    theirs. Everything else is shared with `params`.
+    The patches' part of `pos_embed` (1, placed_prefix + P, D) is resized bicubically as PyTorch
+    does with align_corners=False; prefix tokens keep theirs. DeiT and EViT do it without
+    antialiasing, timm with it, where PyTorch's kernel is another one even if nothing shrinks:
+    `model.antialias_positions` says which. Everything else is shared with `params`.
 
     Args:
       params: of a model like `model`, with positions for `grid`.
-      model: has `grid` (rows, columns), `patches` and `prefix`.
+      model: has `grid` (rows, columns), `patches`, `placed_prefix` and `antialias_positions`.
       grid: rows and columns that `params` are for; default a square.
 
     Raises:
       InputError: the table does not fit `grid`, or is no square and `grid` is not given.
     """
     table = params["pos_embed"]
-    prefix, patches = table[:, : model.prefix], table[:, model.prefix :]
+    prefix, patches = table[:, : model.placed_prefix], table[:, model.placed_prefix :]
     count, width = patches.shape[1:]
     if grid is None:
         side = math.isqrt(count)
@@ -37,11 +38,12 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
         )
     if tuple(grid) == tuple(model.grid):
         return params
-    # PyTorch's kernel (a = -0.75) is not the usual cubic (a = -0.5).
+    # PyTorch's kernel is the usual cubic (a = -0.5) with antialiasing, another (a = -0.75) without.
+    method = jax.image.ResizeMethod
     resized = jax.image.resize(
         patches.reshape(1, *grid, width),
         (1, *model.grid, width),
-        jax.image.ResizeMethod.CUBIC_PYTORCH,
-        antialias=False,
+        method.CUBIC if model.antialias_positions else method.CUBIC_PYTORCH,
+        antialias=model.antialias_positions,
     ).reshape(1, model.patches, width)
     return params | {"pos_embed": jnp.concatenate([prefix, resized], axis=1)}

@@ -210,8 +210,9 @@ class Signals:
         """Raises InputError where there was no attention yet."""
         if self.q is None:
             raise InputError(
-                f"this reducer works at the input of its block and reads the attention before it; "
-                f"block {self.layer} has none before it: leave block 0 out of its layers"
+                f"this reducer reads attention, and at block {self.layer} there is none to read: "
+                "at the input of its block it is that of the block before, so leave block 0 out of "
+                "its layers; a model of your own gives q, k and v in Signals"
             )
 
 

@@ -8,6 +8,7 @@ search finds what suits these images alone.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import numpy as np
 
 from evit_jax.errors import InputError
 from evit_jax.measure.blockwise import Blockwise
-from evit_jax.plan.counts import Keep, kept_count, rate_within
+from evit_jax.plan.counts import Keep, kept_count, rate_within, round_up
 from evit_jax.plan.flops import macs as count_macs
 from evit_jax.reducers import create_reducer
 from evit_jax.storage import write_whole
@@ -96,6 +97,8 @@ def calibrate(
     learn: bool = True,
     sweeps: int = 1,
     batch_size: int = 32,
+    multiple_of: int = 1,
+    cost: Callable[[object], float] = count_macs,
     journal: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibrated:
@@ -106,7 +109,8 @@ def calibrate(
       params: its parameters.
       images: (B, H, W, 3) float32, normalized, as the model sees them; 64 to 256 are enough. Do not
         report figures on them.
-      macs: the budget, multiply-accumulates of one image as `plan.flops.macs` counts them.
+      macs: the budget, multiply-accumulates of one image as `plan.flops.macs` counts them, or
+        whatever else `cost` counts.
       share: the same as a share of the dense model's.
       reducer: default the model's own.
       layers: blocks that may reduce; default the reducer's own.
@@ -114,6 +118,9 @@ def calibrate(
       learn: let the reducer learn from the images where it can, see `Reducer.evidence`.
       sweeps: how often the search goes over the blocks; 0 only tries the family.
       batch_size: images at a time, on the first device; a last smaller batch is left out.
+      multiple_of: of what the tokens after each reducing block are a multiple; not where the plan
+        is the method's own.
+      cost: what a model costs, such as `chip_cost.ChipCost` of a chip.
       journal: a file to note down what was tried in; one that is there is gone on with.
       progress: called with the number of plans tried, and at most to try.
 
@@ -132,12 +139,12 @@ def calibrate(
     if count < FEWEST:
         raise InputError(f"calibration needs at least {FEWEST} images, got {len(images)}")
     model = model.clone(keep=(), reducer=create_reducer(reducer or model.reducer))
-    budget = macs if share is None else share * count_macs(model)
+    budget = macs if share is None else share * cost(model)
     search = Search(model, params, images[:count], batch_size, distortion)
     if learn:
         search.learn()
     search.resume(journal)
-    plans = first_plans(search.model, budget, layers)
+    plans = first_plans(search.model, budget, layers, multiple_of, cost)
     blocks = sum(entry is not None for entry in next(iter(plans.values())))
     most = len(plans) + sweeps * 2 * blocks
 
@@ -145,9 +152,10 @@ def calibrate(
         search.measure(name, keep)
         progress(len(search.tried), most)
     best = min(search.tried, key=lambda tried: tried.distortion)
+    shift = functools.partial(shifted, budget=budget, multiple_of=multiple_of, cost=cost)
     for _ in range(sweeps):
         before = best
-        best = search.sweep(best, budget, lambda: progress(len(search.tried), most))
+        best = search.sweep(best, shift, lambda: progress(len(search.tried), most))
         if best is before:
             break
     progress(most, most)
@@ -155,7 +163,13 @@ def calibrate(
     return Calibrated(search.model.clone(keep=best.keep), tuple(search.tried), best, constant)
 
 
-def first_plans(model, budget: float, layers: Sequence[int] | None) -> dict[str, Keep]:
+def first_plans(
+    model,
+    budget: float,
+    layers: Sequence[int] | None,
+    multiple_of: int = 1,
+    cost: Callable[[object], float] = count_macs,
+) -> dict[str, Keep]:
     """What the search begins with: the method's own plan, one keep rate, and ramps.
 
     Raises:
@@ -164,30 +178,34 @@ def first_plans(model, budget: float, layers: Sequence[int] | None) -> dict[str,
     at = model.reducer.default_layers(model.depth) if layers is None else tuple(layers)
     own = model.reducer.schedule(model.patches, model.prefix, at, model.depth)
     plans, refused = {}, None
+
+    def cost_of(keep: Keep) -> float:
+        return cost(model.clone(keep=keep))
+
     if any(entry is not None for entry in own):
         plans["own"] = model.plan(layers=layers)
     else:
 
-        def constant(rate):
-            return model.plan(keep_rate=rate, layers=layers)
+        def constant(rate: float) -> Keep:
+            return model.plan(keep_rate=rate, layers=layers, multiple_of=multiple_of)
 
         try:
-            rate = rate_within(budget, lambda rate: count_macs(model.clone(keep=constant(rate))))
-            plans["constant"] = constant(rate)
+            plans["constant"] = constant(rate_within(budget, lambda rate: cost_of(constant(rate))))
         except InputError as error:
             refused = error
+    same = dict(layers=at, multiple_of=multiple_of, cost=cost)
     for first in range(model.depth // 2 + 1):
-        if (keep := model.ramp(budget, first=first, layers=at)) is not None:
+        if (keep := model.ramp(budget, first=first, **same)) is not None:
             plans[f"ramp from block {first}"] = keep
     plans = {
         name: keep
         for name, keep in plans.items()
-        if any(entry is not None for entry in keep) and count_macs(model.clone(keep=keep)) <= budget
+        if any(entry is not None for entry in keep) and cost_of(keep) <= budget
     }
     if not plans:
         raise refused or InputError(
-            f"no plan of {model.reducer} costs at most {budget:g} multiply-accumulates and reduces "
-            f"anything; the dense model costs {count_macs(model):g}"
+            f"no plan of {model.reducer} costs at most {budget:g} and reduces anything; the dense "
+            f"model costs {cost_of(()):g}"
         )
     return plans
 
@@ -252,12 +270,19 @@ class Search:
         self.tried.append(tried)
         return tried
 
-    def sweep(self, best: Tried, budget: float, tick: Callable[[], None]) -> Tried:
-        """Makes every block's share of the reduction smaller and larger, and keeps what helps."""
+    def sweep(
+        self, best: Tried, shift: Callable[..., Keep | None], tick: Callable[[], None]
+    ) -> Tried:
+        """Makes every block's share of the reduction smaller and larger, and keeps what helps.
+
+        Args:
+          shift: `shifted`, of the model, a plan, a block and a factor.
+          tick: called after each plan that was measured.
+        """
         for block in [i for i, entry in enumerate(best.keep) if entry is not None]:
             for factor in (STEP, 1 / STEP):
                 self.forget(best.keep)
-                keep = shifted(self.model, best.keep, block, factor, budget)
+                keep = shift(self.model, best.keep, block, factor)
                 if keep is None or keep == best.keep:
                     continue
                 tried = self.measure(f"block {block} {'more' if factor > 1 else 'less'}", keep)
@@ -276,11 +301,21 @@ class Search:
                 del states[reducer, plan]
 
 
-def shifted(model, keep: Keep, block: int, factor: float, budget: float) -> Keep | None:
+def shifted(
+    model,
+    keep: Keep,
+    block: int,
+    factor: float,
+    *,
+    budget: float,
+    multiple_of: int = 1,
+    cost: Callable[[object], float] = count_macs,
+) -> Keep | None:
     """The plan with another share of the reduction in one block, and the others made to fit.
 
     Args:
       block: whose logarithm of the share of tokens that it keeps is multiplied by `factor`.
+      budget, multiple_of, cost: as for `calibrate`.
 
     Returns:
       Within the budget, or None where there is none.
@@ -292,6 +327,9 @@ def shifted(model, keep: Keep, block: int, factor: float, budget: float) -> Keep
             n = kept_count(entry) + extra
     last = model.depth - 1
     tail = model.last if keep[last] is not None else None
+    fixed = dict(
+        prefix=model.prefix, extra=extra, smallest=lambda n: model.reducer.smallest(n, model.prefix)
+    )
 
     def plan(scale: float) -> Keep:
         entries, n = [], model.patches
@@ -304,16 +342,16 @@ def shifted(model, keep: Keep, block: int, factor: float, budget: float) -> Keep
                     count = max(min(count, tail), least)
             entries.append(count if count < n else None)
             n = count if count == n else count + extra
-        return tuple(entries)
+        return round_up(tuple(entries), model.patches, multiple_of=multiple_of, **fixed)
 
     low, high = 0.0, 1.0
-    while count_macs(model.clone(keep=plan(high))) > budget:
+    while cost(model.clone(keep=plan(high))) > budget:
         low, high = high, 2 * high
         if high > 64:
             return None
     for _ in range(40):
         middle = (low + high) / 2
-        fits = count_macs(model.clone(keep=plan(middle))) <= budget
+        fits = cost(model.clone(keep=plan(middle))) <= budget
         low, high = (low, middle) if fits else (middle, high)
     return plan(high)
 

@@ -62,7 +62,11 @@ class Comparison:
 
 
 def variants_of(
-    spec: ModelSpec, *, reducers: list[str] = (), keep_rates: tuple[float, ...] = ()
+    spec: ModelSpec,
+    *,
+    reducers: list[str] = (),
+    keep_rates: tuple[float, ...] = (),
+    budget: float | None = None,
 ) -> list[Variant]:
     """A model's variants, the dense one first.
 
@@ -71,12 +75,18 @@ def variants_of(
       reducers: such as "evit:fuse=False"; one with a schedule of its own, such as "tome:r=13", is
         a single variant. Default the model's own.
       keep_rates: for the others; default that of the run, else 0.7.
+      budget: instead of them, multiply-accumulates of one image, for all reducers alike.
 
     Raises:
       InputError: an unknown name, a setting out of range, or rates that nobody takes.
     """
     rates = [check_rate(rate) for rate in dict.fromkeys(keep_rates)]
     variants = [Variant("dense", 1.0, spec.build(keep_rate=1))]
+    if budget is not None:
+        for reducer in reducers or [spec.reducer]:
+            model = spec.with_reducer(reducer).build(macs=budget)
+            variants.append(Variant(reducer, None, model))
+        return variants
     rated = False
     for reducer in reducers or [spec.reducer]:
         own = spec.with_reducer(reducer)
@@ -105,6 +115,7 @@ def comparisons_of(
     batch_sizes: tuple[int, ...],
     reducers: list[str],
     keep_rates: tuple[float, ...],
+    budget: float | None = None,
 ) -> list[Comparison]:
     """All that is to be measured, model by model; `dtypes` [] is each model's own.
 
@@ -112,7 +123,7 @@ def comparisons_of(
     """
     comparisons = []
     for spec in specs:
-        variants = variants_of(spec, reducers=reducers, keep_rates=keep_rates)
+        variants = variants_of(spec, reducers=reducers, keep_rates=keep_rates, budget=budget)
         own = [jnp.dtype(variants[0].model.dtype)]
         for dtype, mode, batch_size in itertools.product(dtypes or own, modes, batch_sizes):
             typed = [

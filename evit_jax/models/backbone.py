@@ -2,7 +2,7 @@
 """What every backbone shares: its sizes, its token plan, and what others may read of it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from evit_jax.plan.counts import (
     Keep,
     check_layers,
     rate_within,
+    round_up,
     token_counts,
     token_plan,
 )
@@ -222,8 +223,10 @@ class Backbone(nn.Module):
             smallest=lambda n: self.reducer.smallest(n, self.prefix),
         )
         if macs is not None:
-            if self.reducer.ramped and (tokens := self.ramp(macs, layers=at)) is not None:
-                return planned(tokens=tokens)
+            if self.reducer.ramped:
+                keep = self.ramp(macs, layers=at, multiple_of=multiple_of)
+                if keep is not None:
+                    return planned(tokens=keep)
             keep_rate = rate_within(
                 macs, lambda rate: flops.macs(self.clone(keep=planned(keep_rate=rate)))
             )
@@ -239,44 +242,58 @@ class Backbone(nn.Module):
         return keep
 
     def ramp(
-        self, macs: float, *, first: int | None = None, layers: Sequence[int] | None = None
+        self,
+        budget: float,
+        *,
+        first: int | None = None,
+        layers: Sequence[int] | None = None,
+        multiple_of: int = 1,
+        cost: Callable[["Backbone"], float] = flops.macs,
     ) -> Keep | None:
         """A plan within a budget that loses the same share of the tokens in every block.
 
         Args:
-          macs: multiply-accumulates of one image.
+          budget: what `cost` may be at most; multiply-accumulates of one image by default.
           first: the first block that reduces; default by `plan.ramp.first_block`, or the latest
             before it from which the budget can be met.
           layers: blocks that may reduce; default the reducer's own.
+          multiple_of: of what the tokens after each reducing block are a multiple.
+          cost: what a model costs.
 
         Returns:
           The plan, or None where no such plan meets the budget.
         """
         layers = self.reducer.default_layers(self.depth) if layers is None else layers
+        same = dict(layers=layers, multiple_of=multiple_of, cost=cost)
 
-        def cost(keep: Keep) -> int:
-            return flops.macs(self.clone(keep=keep))
+        def cost_of(keep: Keep) -> float:
+            return cost(self.clone(keep=keep))
 
         if first is None:
-            share = macs / cost(())
+            share = budget / cost_of(())
             tries = (
-                self.ramp(macs, first=block, layers=layers)
+                self.ramp(budget, first=block, **same)
                 for block in range(first_block(share, self.depth), -1, -1)
             )
             return next((keep for keep in tries if keep is not None), None)
 
+        def smallest(n: int) -> int:
+            return self.reducer.smallest(n, self.prefix)
+
         def at(rate: float) -> Keep:
-            return ramp(
+            keep = ramp(
                 self.patches,
                 layers,
                 self.depth,
                 first=first,
                 rate=rate,
                 last=self.last if rate < 1 else None,
-                smallest=lambda n: self.reducer.smallest(n, self.prefix),
+                smallest=smallest,
             )
+            fixed = dict(prefix=self.prefix, extra=self.reducer.extra, smallest=smallest)
+            return round_up(keep, self.patches, multiple_of=multiple_of, **fixed)
 
-        return ramp_within(macs, cost, at)
+        return ramp_within(budget, cost_of, at)
 
     def rate_within(self, macs: float, **settings) -> float:
         """The keep rate of `plan(macs=..., **settings)`."""

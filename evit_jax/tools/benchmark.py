@@ -11,7 +11,8 @@ NAME is a model's, several with commas between them, or a backbone with its size
 vit:width=192,depth=6,num_heads=3,image_size=64,patch_size=8; --workdir=DIR is the model of a
 training run, at its own keep rate unless told otherwise. Weights are random, or those of the run's
 newest checkpoint: speed does not depend on them. A reducer with a schedule of its own, such as
-tome:r=13, takes no keep rate.
+tome:r=13, takes no keep rate. --macs=0.63e9 instead of keep rates gives each reducer the plan that
+create_model has for this budget.
 
 For each model, dtype, mode and batch size the variants, the dense model among them whether asked
 for or not, and a matrix product take turns on one device, every other round backwards.
@@ -80,6 +81,7 @@ def parse() -> argparse.Namespace:
     cli.add_model_flags(parser, "model", "workdir", "plan", "layers", "multiple_of")
     cli.add_model_flags(parser, "image_size", "num_classes")
     add("--keep_rates", default="", help="such as 1,0.7,0.5; default 0.7")
+    add("--macs", type=float, help="a budget instead, multiply-accumulates of an image")
     add("--reducers", default="", help="such as evit,evit:fuse=False,tome:r=13; default evit")
     add("--batch_sizes", default="1,8", help="images in a call")
     add("--dtypes", default="", help="of the computation, such as float32,bfloat16")
@@ -106,6 +108,8 @@ def parse() -> argparse.Namespace:
         path = getattr(flags, name)
         if path and (Path(path).suffix.lower() != suffix or not Path(path).parent.is_dir()):
             raise InputError(f"--{name} must be a {suffix} file in a folder that exists: {path}")
+    if flags.macs is not None and flags.keep_rates:
+        raise InputError("give --keep_rates or --macs, not both")
     timed = "inference" in words(flags.mode) and flags.rounds
     if flags.plot and not (flags.accuracies and timed):
         raise InputError("--plot needs --accuracies=FILE.json, --mode=inference and --rounds")
@@ -166,6 +170,7 @@ def main() -> None:
         batch_sizes=numbers(flags.batch_sizes, int),
         reducers=list(dict.fromkeys(split_specs(flags.reducers))),
         keep_rates=numbers(flags.keep_rates, float),
+        budget=flags.macs,
     )
     top1 = tables.read_accuracies(
         flags.accuracies,

@@ -5,6 +5,7 @@ python -m evit_jax.tools.calibrate --model=deit_tiny_patch16_224 --weights=FILE 
     --images=FOLDER --macs=0.63e9 [--out=plan.json] [--plot=plan.png]
 python -m evit_jax.tools.calibrate --workdir=runs/digits --images=FOLDER --share=0.6
 python -m evit_jax.tools.calibrate ... --latency_ms=20 --latency_batch=8
+python -m evit_jax.tools.calibrate ... --share=0.6 --chip=v6e --chip_batch=128
 
 No labels are needed: the reduced model is compared with the dense one, by the KL divergence of
 their predictions (--distortion=cosine: by the class token's features). --reducer is ward unless
@@ -16,6 +17,12 @@ the reduction move between blocks as long as that helps by more than a standard 
 
 --latency_ms first finds what number of multiply-accumulates takes so long on this device, by one
 keep rate for all layers, and times the plan that was found in turns with that one.
+
+--chip takes --share of the dense model's estimated cycles (of a GPU: bytes moved) on a chip that
+need not be here, in bfloat16, as its compiler prices blocks of so many tokens (tools.plan tells
+more); counts then fill its tiles of 8 tokens. With --macs it is the share that this is of the dense
+model's multiply-accumulates. Compiling takes minutes, before the search; the plan that was found is
+compiled whole in the end, and what that costs is `estimate`.
 
 --out is a plan file: create_model(plan=FILE), --plan=FILE of evaluate, benchmark and visualize,
 --plan_files of compare, --config.model.plan=FILE of train.py. What was measured is noted down
@@ -40,12 +47,16 @@ from tqdm import tqdm
 
 from evit_jax import cli, tables
 from evit_jax.errors import InputError
-from evit_jax.measure import latency
-from evit_jax.measure.calibration import DISTORTIONS, Calibrated, calibrate
+from evit_jax.measure import chip_report, latency
+from evit_jax.measure.calibration import DISTORTIONS, Calibrated, calibrate, first_plans
+from evit_jax.measure.chip_cost import ChipCost
+from evit_jax.measure.chip_plan import TILE
+from evit_jax.measure.chips import Target
 from evit_jax.models.images import preprocess
 from evit_jax.pictures.plot import Line, plot
 from evit_jax.plan.flops import macs
-from evit_jax.reducers import as_spec
+from evit_jax.reducers import as_spec, create_reducer
+from evit_jax.runtime.topologies import CHIPS
 from evit_jax.spec import numbers
 from evit_jax.storage import write_whole
 from evit_jax.training.trained import ModelSpec, open_spec
@@ -62,6 +73,8 @@ def arguments() -> argparse.Namespace:
     add("--share", type=float, help="budget: share of the dense model's, such as 0.6")
     add("--latency_ms", type=float, help="budget: milliseconds for a batch on this device")
     add("--latency_batch", type=int, default=1, help="images in that batch")
+    add("--chip", help=f"--share is of its dense cost; one of {', '.join(CHIPS)}")
+    add("--chip_batch", type=int, default=128, help="images in a call on the chip")
     add("--budgets", default="", help="shares, such as 0.5,0.63: also calibrated, for the plot")
     cli.add_model_flags(parser, "reducer", "layers", "image_size", "num_classes", "dtype")
     add("--distortion", default="kl", help=f"{' or '.join(DISTORTIONS)}")
@@ -74,6 +87,8 @@ def arguments() -> argparse.Namespace:
     given = [value for value in (flags.macs, flags.share, flags.latency_ms) if value is not None]
     if len(given) != 1:
         raise InputError("give a budget: one of --macs=NUMBER, --share=NUMBER, --latency_ms=NUMBER")
+    if flags.chip and flags.latency_ms is not None:
+        raise InputError("--chip takes --share or --macs; --latency_ms measures on this device")
     if flags.share is not None and not 0 < flags.share <= 1:
         raise InputError(f"--share must be in (0, 1], got {flags.share:g}")
     if flags.count < 1 or flags.sweeps < 0 or flags.batch_size < 1:
@@ -103,23 +118,24 @@ def draw_images(folder: str, count: int, seed: int) -> list[Path]:
     return [files[i] for i in sorted(chosen)]
 
 
-def search(flags: argparse.Namespace, spec: ModelSpec, images: np.ndarray) -> list[Calibrated]:
-    """The calibrated model for the budget, and for those of --budgets."""
+def search(
+    flags: argparse.Namespace, spec: ModelSpec, images: np.ndarray, target: Target | None
+) -> tuple[list[Calibrated], ChipCost | None]:
+    """The calibrated model for each budget, that of --budgets last; what plans cost on --chip."""
     dense = spec.build(keep_rate=1)
     params = spec.load_params(dense)
-    full = macs(dense)
+    share = flags.share if flags.macs is None else flags.macs / macs(dense)
+    cost, multiple_of = macs, 1
+    if target:
+        cost, multiple_of = price(flags, dense, spec.layers, target, share), TILE
+    whole = cost(dense)
     if flags.latency_ms is not None:
         budget = within_latency(flags, dense, params, spec.layers)
     else:
-        budget = flags.macs if flags.share is None else flags.share * full
+        budget = flags.macs if flags.macs is not None and not target else share * whole
     found = []
-    for goal in (budget, *(share * full for share in numbers(flags.budgets, float))):
-        with tqdm(unit="plan", desc=f"{goal / 1e9:.4g} GMACs", disable=None) as bar:
-
-            def show(done: int, total: int, bar=bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+    for goal in (budget, *(share * whole for share in numbers(flags.budgets, float))):
+        with tqdm(unit="plan", desc=f"{goal / whole:.3g} of the dense cost", disable=None) as bar:
             found.append(
                 calibrate(
                     dense,
@@ -132,10 +148,36 @@ def search(flags: argparse.Namespace, spec: ModelSpec, images: np.ndarray) -> li
                     sweeps=flags.sweeps,
                     batch_size=flags.batch_size,
                     journal=f"{flags.out}.tried" if flags.out else None,
-                    progress=show,
+                    multiple_of=multiple_of,
+                    cost=cost,
+                    progress=shown_by(bar),
                 )
             )
-    return found
+    return found, cost if target else None
+
+
+def shown_by(bar: tqdm):
+    """A function of how much is done and of how much there is to do."""
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show
+
+
+def price(flags: argparse.Namespace, dense, layers, target: Target, share: float) -> ChipCost:
+    """What plans cost on the chip, with the method's own part in one near the budget."""
+    model = dense.clone(dtype=jnp.dtype("bfloat16"), reducer=create_reducer(flags.reducer))
+    near = next(iter(first_plans(model, share * macs(model), layers, TILE).values()))
+    with tqdm(unit="program", desc=f"compiling for {target.name}", disable=None) as bar:
+        return ChipCost(
+            model,
+            target,
+            flags.chip_batch,
+            reduced=model.clone(keep=near),
+            progress=shown_by(bar),
+        )
 
 
 def within_latency(flags: argparse.Namespace, dense, params: dict, layers) -> float:
@@ -153,11 +195,12 @@ def within_latency(flags: argparse.Namespace, dense, params: dict, layers) -> fl
 
 def main() -> None:
     flags = arguments()
+    target = Target(flags.chip) if flags.chip else None  # before JAX starts
     spec = open_spec(argparse.Namespace(**vars(flags) | dict(reducer=flags.reducer)))
     model = spec.build(keep_rate=1)
     files = draw_images(flags.images, flags.count, flags.seed)
     images = np.asarray(preprocess(spec.name, files, size=model.image_size))
-    found = search(flags, spec, images)
+    found, cost = search(flags, spec, images, target)
     chosen = found[0]
     shown = [["plan", "tokens after each block", "GMACs", f"{flags.distortion}", ""]]
     for tried in sorted(chosen.tried, key=lambda tried: tried.distortion):
@@ -185,6 +228,8 @@ def main() -> None:
         images=len(chosen.best.each),
         dtype=jnp.dtype(model.dtype).name,
     )
+    if cost:
+        answer |= chip_figures(flags, cost, chosen)
     if flags.latency_ms is not None:
         answer["latency_ms"] = latency_of(flags, spec, chosen)
     if flags.out:
@@ -196,6 +241,23 @@ def main() -> None:
         for one in chosen.tried
     ]
     print(json.dumps(answer | dict(tried=tried)))
+
+
+def chip_figures(flags: argparse.Namespace, cost: ChipCost, chosen: Calibrated) -> dict:
+    """Of the plan that was found, compiled whole."""
+    print(f"compiling the plan for {flags.chip} ...", file=sys.stderr)
+    found = cost.whole(chosen.model.clone(dtype=jnp.dtype("bfloat16")))
+    print(
+        f"{found.cost / cost.dense.cost:.3f} of the dense model's {found.unit} on {flags.chip}, "
+        f"{cost(chosen.model) / cost.dense.cost:.3f} by the search; {chip_report.NOTE}",
+        file=sys.stderr,
+    )
+    return dict(
+        chip=flags.chip,
+        chip_batch=flags.chip_batch,
+        compiler=cost.target.compiler,
+        estimate=found.figures(cost.dense),
+    )
 
 
 def latency_of(flags: argparse.Namespace, spec: ModelSpec, chosen: Calibrated) -> float:

@@ -4,6 +4,8 @@
 python -m evit_jax.tools.evaluate --model=deit_tiny_patch16_224 --weights=FILE --data=FOLDER \\
     [--classes=FILE.json] [--keep_rate=1,0.7] [--reducer=evit | evit:fuse=False | tome:r=13] \\
     [--layers=3,6,9] [--multiple_of=1,8]
+python -m evit_jax.tools.evaluate --model=vit_small_patch14_dinov2 --weights=FILE --data=FOLDER \
+    --knn=LABELED_FOLDER [--neighbors=20] [--temperature=0.07]
 python -m evit_jax.tools.evaluate --workdir=runs/digits      what a training run left, dense and as
                                                              trained, on the run's own test images
 
@@ -11,6 +13,10 @@ The standard protocol: shorter side to size / crop, center crop, mean and std as
 says. FOLDER holds class folders, or val/ (or test/) with class folders, or a TFDS set prepared as
 ArrayRecord. Labels are the sorted folder names, or their places in --classes. With --workdir the
 flags override what the run was trained with: --data, --keep_rate, --reducer, --layers, ...
+--knn is for models without a head: an image's class is what the most similar images of another
+folder vote for, by the cosine of the pooled features, with weight exp(cosine / temperature) (DINO's
+protocol). Its images go through the same variant as the test images; `loss` is that of the votes.
+
 The last line of standard output is a JSON object with a list `results`, an object per variant.
 """
 
@@ -30,6 +36,7 @@ from tqdm import tqdm
 from evit_jax import cli, tables
 from evit_jax.data import open_source, pipeline
 from evit_jax.errors import InputError
+from evit_jax.measure.neighbors import NearestNeighbors, encode
 from evit_jax.models import preprocessing
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.spec import numbers
@@ -46,6 +53,9 @@ def arguments() -> argparse.Namespace:
     cli.add_model_flags(parser, "model", "weights", "workdir")
     add("--data", help="folder of class folders, its parent, or a TFDS set; default the run's")
     add("--classes", help="JSON list of folder names in class order")
+    add("--knn", metavar="FOLDER", help="labeled images whose nearest neighbors classify --data's")
+    add("--neighbors", type=int, default=20, help="of those, how many vote")
+    add("--temperature", type=float, default=0.07, help="of their votes")
     add("--keep_rate", default="", help="one or several, such as 1,0.7; default the reducer's own")
     cli.add_model_flags(parser, "plan", "reducer", "layers", "multiple_of")
     cli.add_model_flags(parser, "image_size", "num_classes", "dtype")
@@ -56,20 +66,38 @@ def arguments() -> argparse.Namespace:
     flags = parser.parse_args()
     if flags.threads < 0:
         raise InputError(f"--threads must be 0 or more, got {flags.threads}")
+    if flags.neighbors < 1 or not flags.temperature > 0:
+        raise InputError("--neighbors must be 1 or more and --temperature more than 0")
     return flags
 
 
-def open_data(flags: argparse.Namespace, spec: ModelSpec):
-    """The images of --data, else of the run, with labels in the order of the model's classes."""
-    if not flags.data:
-        if spec.config is None:
-            raise InputError("--data=FOLDER is needed: class folders, their parent, or a TFDS set")
-        return open_test_data(spec.config, classes=flags.classes)
-    folder = Path(flags.data).expanduser()
+def open_data(flags: argparse.Namespace, spec: ModelSpec, labeled=None):
+    """The images of --data, else of the run, with labels in the order of the model's classes.
+
+    With `labeled`, the source of --knn, that is the order of its classes.
+    """
+    if flags.data:
+        classes = flags.classes or (spec.config and spec.config["data"]["classes"])
+        classes = labeled.classes if labeled else classes
+        return open_folder(flags.data, "test", classes)
+    if spec.config is None:
+        raise InputError("--data=FOLDER is needed: class folders, their parent, or a TFDS set")
+    return open_test_data(spec.config, classes=flags.classes)
+
+
+def open_labeled(flags: argparse.Namespace):
+    """The images of --knn: those in train/, or of the class folders."""
+    train = Path(flags.knn).expanduser() / "train"
+    tfds = not train.is_dir() and any(train.parent.glob("**/dataset_info.json"))
+    return open_folder(flags.knn, "train" if train.is_dir() or tfds else "test", flags.classes)
+
+
+def open_folder(path: str, split: str, classes):
+    """A folder of class folders, or a TFDS set."""
+    folder = Path(path).expanduser()
     if folder.is_dir() and any(folder.glob("**/dataset_info.json")):
-        return open_source("tfds", "test", str(folder), classes=flags.classes)
-    classes = flags.classes or (spec.config and spec.config["data"]["classes"])
-    return open_source("folder", "test", str(folder), classes=classes)
+        return open_source("tfds", split, str(folder), classes=classes)
+    return open_source("folder", split, str(folder), classes=classes)
 
 
 def default_rates(spec: ModelSpec) -> tuple[float | None, ...]:
@@ -97,39 +125,57 @@ def main() -> None:
     variants = [spec.build(keep_rate=rate, multiple_of=multiple) for rate, multiple in requests]
     model = variants[0]
 
-    source = open_data(flags, spec)
+    labeled = open_labeled(flags) if flags.knn else None
+    source = open_data(flags, spec, labeled)
     trained_on = {} if flags.data or spec.config is None else spec.config["data"]
-    if len(source.classes) != model.num_classes and not trained_on:  # training takes fewer as well
-        raise InputError(
+    if len(source.classes) != model.num_classes and not (trained_on or labeled):
+        raise InputError(  # training takes fewer as well
             f"the data has {len(source.classes)} classes and the model {model.num_classes}; "
             "--classes=FILE, a JSON list of all of the model's, says which folder is which"
         )
+
+    def batches_of(source):
+        return pipeline.eval_batches(
+            source,
+            size=model.image_size,
+            **card.view,
+            batch_size=batch_size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=flags.threads,
+            damaged=trained_on.get("damaged", "stop"),
+        )
+
     params = devices.init(dict, spec.load_params(model))
+    inputs = [params] * len(variants)
+    classifiers = variants
+    if labeled:
+        headless = [variant.clone(num_classes=0) for variant in variants]
+        with tqdm(total=-(-len(labeled) // batch_size), unit="batch", disable=None) as bar:
+            bar.set_postfix_str("encoding --knn")
+            banks, labels = encode(
+                headless, params, batches_of(labeled), devices, card, see=lambda _: bar.update()
+            )
+        about = len(labeled.classes), flags.neighbors, flags.temperature
+        classifiers = [NearestNeighbors(model, *about) for model in headless]
+        inputs = [
+            devices.init(dict, dict(model=params, bank=bank, labels=labels)) for bank in banks
+        ]
     programs = [
-        devices.compile_eval(functools.partial(steps.eval_step, model=variant, preprocessing=card))
-        for variant in variants
+        devices.compile_eval(functools.partial(steps.eval_step, model=one, preprocessing=card))
+        for one in classifiers
     ]
 
     seconds = [[] for _ in variants]
 
     def timed(number: int, batch: dict) -> dict:
         if not seconds[number]:  # compiles and warms up
-            jax.block_until_ready(programs[number](params, batch))
+            jax.block_until_ready(programs[number](inputs[number], batch))
         start = time.perf_counter()
-        sums = jax.block_until_ready(programs[number](params, batch))
+        sums = jax.block_until_ready(programs[number](inputs[number], batch))
         seconds[number].append(time.perf_counter() - start)
         return sums
 
-    batches = pipeline.eval_batches(
-        source,
-        size=model.image_size,
-        **card.view,
-        batch_size=batch_size,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        threads=flags.threads,
-        damaged=trained_on.get("damaged", "stop"),
-    )
     total = -(-len(source) // batch_size)
     damaged = []
     with tqdm(total=total, unit="batch", disable=None) as bar:
@@ -141,7 +187,7 @@ def main() -> None:
             bar.update()
 
         timed_programs = {i: functools.partial(timed, i) for i in range(len(variants))}
-        means = run_through(batches, timed_programs, devices, see=see)
+        means = run_through(batches_of(source), timed_programs, devices, see=see)
 
     layers = numbers(flags.layers or "", int) or None  # None: the reducer's, or the run's, own
     results = []

@@ -138,16 +138,25 @@ class ModelSpec:
             settings = sizes | dict(reducer=reducer, multiple_of=self.multiple_of)
         return dataclasses.replace(self, settings=settings)
 
-    def build(self, *, keep_rate: float | None = None, multiple_of: int | None = None):
+    def build(
+        self,
+        *,
+        keep_rate: float | None = None,
+        macs: float | None = None,
+        multiple_of: int | None = None,
+    ):
         """The Linen module with its plan.
 
         Args:
           keep_rate: instead of what is set; 1 is the dense model.
+          macs: a budget, instead of what is set.
           multiple_of: instead of what is set.
         """
         settings = dict(self.settings)
         if keep_rate is not None:
             settings |= dict.fromkeys(COUNTS) | dict(keep_rate=keep_rate)
+        if macs is not None:
+            settings |= dict.fromkeys(COUNTS) | dict(keep_rate=None, macs=macs)
         if multiple_of is not None:
             settings["multiple_of"] = multiple_of
         return build_model(**settings)

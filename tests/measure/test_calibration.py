@@ -169,7 +169,7 @@ def test_moving_reduction_between_blocks_stays_within_the_budget(dense):
     model = dense[0].clone(reducer=create_reducer("evit"))
     budget = 0.7 * macs(model)
     keep = model.plan(macs=budget)
-    more = shifted(model, keep, 2, 1.5, budget)
+    more = shifted(model, keep, 2, 1.5, budget=budget)
     assert macs(model.clone(keep=more)) <= budget
     assert more[2] / (more[1] + 1) < keep[2] / (keep[1] + 1)
     assert more[1] > keep[1]

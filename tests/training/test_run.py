@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+
 import jax
 import pytest
 
 from configs import common
 from evit_jax.errors import InputError
-from evit_jax.training.run import Calendar, Due, Profile
+from evit_jax.training.run import Calendar, Due, Profile, use_plan_file
 
 
 def calendar(**changes):
@@ -27,6 +29,31 @@ def test_what_is_due_after_a_step():
     # The last step does everything, and nobody has to stop any more.
     assert days.due(16, stop=True) == Due(log=True, evaluate=True, save=True, stop=False)
     assert calendar(eval_every=0, checkpoint_every=0).due(8, stop=False) == nothing
+
+
+def test_a_plan_file_puts_its_counts_and_reducer_into_the_run_s_own_configuration(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(dict(reducer=dict(name="ward"), tokens=[None, 20, [12, 8], 1])))
+    config = common.get_config()
+    config.model.keep_rate = None
+    config.model.plan = str(path)
+    use_plan_file(config)
+    assert config.model.tokens == (None, 20, (12, 8), 1)
+    assert config.model.reducer.name == "ward"
+    assert config.model.plan == ""
+    before = config.to_json()
+    use_plan_file(config)  # nothing left to do
+    assert config.to_json() == before
+
+    config.model.plan = str(path)
+    config.model.tokens = None
+    config.model.keep_rate = 0.7
+    with pytest.raises(InputError, match=r"leave out model.keep_rate .*keep_rate=None"):
+        use_plan_file(config)
+    config.model.keep_rate = None
+    config.model.plan = str(tmp_path / "none.json")
+    with pytest.raises(InputError, match=r"none\.json"):
+        use_plan_file(config)
 
 
 def test_some_steps_are_traced(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class Block(nn.Module):
     layer_scale: float | None = None
     post_norm: bool = False
     qk_norm: bool = False
-    qkv_bias: bool = True
+    qkv_bias: bool | str = True
     proj_bias: bool = True
     inner_norm: bool = False
     norm: str = "layer"
@@ -66,7 +66,16 @@ class Block(nn.Module):
 
         before = tokens.x
         norms = dict(norm=self.norm, norm_eps=self.norm_eps, inner_norm=self.inner_norm)
-        attention = Attention(self.num_heads, self.dtype, self.pallas, name="attn")
+        attention = Attention(
+            self.num_heads,
+            self.dtype,
+            self.pallas,
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+            proj_bias=self.proj_bias,
+            **norms,
+            name="attn",
+        )
         enters = before if self.post_norm else self.normed("norm1", before)
         y, parts = attention(enters, tokens.weight, first)
         y = self.normed("norm1", y).astype(self.dtype) if self.post_norm else y

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evit_jax.errors import InputError
-from evit_jax.weights.positions import resize_positions
+from evit_jax.weights.positions import resize_positions, resize_relative_bias
 
 Tensors = dict[str, np.ndarray]
 
@@ -38,6 +38,8 @@ NPZ_NAMES = (
 )
 STEM = {"patch_embed": "patch_embed.proj", "patch_embed_norm": "patch_embed.norm"}
 SPLIT = re.compile(r"(.*attn\.)(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.(weight|bias)")
+
+FREQUENCIES = "rope.freqs"  # of learned rotary positions, in timm those of all blocks
 
 
 def timm_name(path: tuple[str, ...]) -> str:
@@ -88,8 +90,14 @@ def with_timm_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
     for name, parts in split.items():
         if set(parts) == {"q", "k", "v"}:
             renamed[name] = np.concatenate([parts[part] for part in "qkv"])
+        elif name.endswith("bias") and set(parts) == {"q", "v"}:
+            prefix = name.removesuffix("qkv.bias")
+            renamed |= {f"{prefix}{part}_bias": array for part, array in parts.items()}
         else:
             renamed |= {name.replace("qkv", part): array for part, array in parts.items()}
+    if FREQUENCIES in renamed:  # (2, depth, H, C / 2): each block has its own here
+        blocks = np.moveaxis(renamed.pop(FREQUENCIES), 1, 0)
+        renamed |= {f"blocks.{i}.attn.freqs": part for i, part in enumerate(blocks)}
     return renamed
 
 
@@ -153,6 +161,8 @@ def params_from_tensors(
         array = np.asarray(from_torch(path, array), np.float32)
         if path == ("pos_embed",) and positions_fit(array, fresh[path], model):
             array = np.asarray(resize_positions({"pos_embed": array}, model)["pos_embed"])
+        if path[-1] == "relative_position_bias_table":
+            array = resize_relative_bias(array, model.grid)
         if array.shape != fresh[path].shape:
             if path[0].startswith("head") and new_head:
                 array = np.asarray(fresh[path])
@@ -193,7 +203,11 @@ def positions_fit(table: np.ndarray, fresh: jax.Array, model) -> bool:
 
 def tensors_from_params(params: Mapping, model) -> Tensors:
     """Parameters -> timm names and PyTorch's layouts, float32 and contiguous."""
-    return {
+    tensors = {
         timm_name(path): np.ascontiguousarray(to_torch(path, np.asarray(leaf), model))
         for path, leaf in leaves(params).items()
     }
+    blocks = [f"blocks.{i}.attn.freqs" for i in range(model.depth)]
+    if blocks[0] in tensors:
+        tensors[FREQUENCIES] = np.stack([tensors.pop(name) for name in blocks], axis=1)
+    return tensors

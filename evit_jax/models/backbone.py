@@ -26,6 +26,7 @@ from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
 CHOICES = dict(
+    position_resize=("bicubic", "bicubic_antialias", "bilinear"),
     norm=("layer", "rms"),
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),
@@ -45,7 +46,7 @@ class Backbone(nn.Module):
       prefix, class_token      tokens in front of the patches, never reduced; whether the first of
                                them is a class token
       placed_prefix            how many of the prefix tokens have a position
-      antialias_positions      how they are resized, see `weights.positions`
+      position_resize          how they are resized, see `weights.positions`
       reads_patches, last      whether logits read patches; what a ramp leaves of them in the end
       keep, reducer, remat     fields that may be cloned with other values over the same parameters
       kept, tokens_per_block   the plan with one entry per block; tokens after each, prefix included
@@ -69,7 +70,9 @@ class Backbone(nn.Module):
     registers: int = 0
     absolute_positions: bool = True  # a learned embedding of every position
     no_embed_class: bool = False  # positions are for patches only
-    antialias_positions: bool = False  # as they are resized, see `weights.positions`
+    # How positions are made for another image size: "bicubic" (DeiT's), "bicubic_antialias"
+    # (timm's) or "bilinear" (FlexiViT's), see `weights.positions`.
+    position_resize: str = "bicubic"
     pre_norm: bool = False  # a norm before the blocks, and patches without a bias (CLIP)
     embed_norm: bool = False  # a norm of the embedded patches, before positions
     layer_scale: float | None = None  # what LayerScale starts from; None has none

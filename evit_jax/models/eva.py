@@ -19,7 +19,7 @@ from evit_jax.tokens import Tokens
 class Eva(ViT):
     """images (B, H, W, 3) -> (logits (B, num_classes) float32, out), see `ViT`."""
 
-    antialias_positions: bool = True
+    position_resize: str = "bicubic_antialias"
     mlp_norm: bool = False  # the inner norm of the MLP alone (EVA-02)
     rope: str = "none"  # or a kind of `models.rotary`: "cat", "dinov3", "mixed"
     rope_temperature: float = 10000.0

@@ -43,6 +43,10 @@ def find(name: str) -> tuple[str, dict, Preprocessing]:
     card = tags[check_name(f"tag of {name}", tag, tags)] if dot else next(iter(tags.values()))
     card = card if dot else card | entry.get("untagged", {})
     shared = {key: card[key] for key in ("crop", "interpolation", "squash") if key in card}
-    settings = entry["settings"] | {key: card[key] for key in ("image_size", "num_classes")}
+    resize = dict(position_resize="bicubic_antialias")  # timm's own
+    settings = resize | entry["settings"]
+    settings |= {
+        key: card[key] for key in ("image_size", "num_classes", "position_resize") if key in card
+    }
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
     return entry["backbone"], settings, Preprocessing(**STATISTICS[card["statistics"]], **shared)

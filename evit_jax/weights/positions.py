@@ -9,18 +9,27 @@ import numpy as np
 
 from evit_jax.errors import InputError
 
+RESIZE = jax.image.ResizeMethod
+METHODS = {  # how -> method and whether it is antialiased
+    "bicubic": (RESIZE.CUBIC_PYTORCH, False),  # a = -0.75
+    "bicubic_antialias": (RESIZE.CUBIC, True),  # a = -0.5
+    "bilinear": (RESIZE.LINEAR, False),
+}
+
 
 def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None) -> dict:
     """Parameters of one image size -> parameters for `model`, which may have another.
 
-    The patches' part of `pos_embed` (1, placed_prefix + P, D) is resized bicubically as PyTorch
-    does with align_corners=False; prefix tokens keep theirs. DeiT and EViT do it without
-    antialiasing, timm with it, where PyTorch's kernel is another one even if nothing shrinks:
-    `model.antialias_positions` says which. Everything else is shared with `params`.
+    The patches' part of `pos_embed` (1, placed_prefix + P, D) is resized as PyTorch does with
+    align_corners=False; prefix tokens keep theirs. `model.position_resize` says how:
+      "bicubic"            without antialiasing, with PyTorch's own kernel (DeiT, EViT)
+      "bicubic_antialias"  with antialiasing and the usual kernel, even where nothing shrinks (timm)
+      "bilinear"           without antialiasing (FlexiViT, RADIO)
+    Everything else is shared with `params`.
 
     Args:
       params: of a model like `model`, with positions for `grid`.
-      model: has `grid` (rows, columns), `patches`, `placed_prefix` and `antialias_positions`.
+      model: has `grid` (rows, columns), `patches`, `placed_prefix` and `position_resize`.
       grid: rows and columns that `params` are for; default a square.
 
     Raises:
@@ -39,13 +48,9 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
         )
     if tuple(grid) == tuple(model.grid):
         return params
-    # PyTorch's kernel is the usual cubic (a = -0.5) with antialiasing, another (a = -0.75) without.
-    method = jax.image.ResizeMethod
+    method, antialias = METHODS[model.position_resize]
     resized = jax.image.resize(
-        patches.reshape(1, *grid, width),
-        (1, *model.grid, width),
-        method.CUBIC if model.antialias_positions else method.CUBIC_PYTORCH,
-        antialias=model.antialias_positions,
+        patches.reshape(1, *grid, width), (1, *model.grid, width), method, antialias=antialias
     ).reshape(1, model.patches, width)
     return params | {"pos_embed": jnp.concatenate([prefix, resized], axis=1)}
 

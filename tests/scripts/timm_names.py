@@ -22,7 +22,8 @@ OUT = Path(__file__).parents[2] / "evit_jax" / "models" / "names.json"
 FILES = {"vision_transformer": "vit", "deit": "vit", "eva": "eva", "beit": "beit"}
 # DeiT and EViT evaluate at 224/256 of the resized side at every size. A name without a tag means
 # their way, one with a tag timm's.
-UNTAGGED = {"deit_": dict(crop=0.875)}
+UNTAGGED = {"deit_": dict(crop=0.875, position_resize="bicubic")}
+BILINEAR = ("flexivit", "radio")  # positions for another image size; timm's others: bicubic
 SWITCHES = dict(
     embed_dim="width", depth="depth", num_heads="num_heads", patch_size="patch_size",
     class_token="class_token", reg_tokens="registers", num_reg_tokens="registers",
@@ -45,7 +46,6 @@ DEFAULTS = dict(
 )  # fmt: skip
 SHOWN = ("width", "depth", "num_heads", "patch_size")  # even where they are the default
 BLOCKS = {
-    "ResPostBlock": "norms after the branches",
     "ParallelThingsBlock": "parallel blocks",
     "ParallelScalingBlock": "attention and MLP in parallel",
     "DiffParallelScalingBlock": "differential attention, attention and MLP in parallel",
@@ -132,6 +132,9 @@ def settings_of(kind: str, given: dict) -> dict:
     settings = {SWITCHES[key]: value for key, value in given.items() if key in SWITCHES}
     settings["norm"], settings["norm_eps"] = kind_of_norm(given.get("norm_layer"))
     settings |= mlp_of(given, kind)
+    if "block_fn" in given and given["block_fn"].__name__ == "ResPostBlock":
+        settings["post_norm"] = True
+        settings.pop("layer_scale", None)  # it is what the norms start from
     if given.get("embed_norm_layer"):
         settings["embed_norm"] = True
     if given.get("scale_attn_norm") or given.get("scale_attn_inner"):
@@ -157,7 +160,8 @@ def settings_of(kind: str, given: dict) -> dict:
 
 def missing_of(given: dict) -> str | None:
     """What the package lacks for such a model."""
-    lacking = [BLOCKS[given["block_fn"].__name__]] if "block_fn" in given else []
+    block = given["block_fn"].__name__ if "block_fn" in given else None
+    lacking = [BLOCKS[block]] if block in BLOCKS else []
     if given.get("attn_layer") == "diff":
         lacking.append("differential attention")
     if any(heads != given["num_heads"] for heads in given.get("num_kv_heads") or ()):
@@ -196,9 +200,10 @@ def count_parameters(name: str) -> int:
 def entry_of(name: str, kind: str, cfgs, classes) -> dict:
     """The whole entry of one name."""
     built, given = record(name, classes)
-    settings = settings_of(kind, given)
-    if built == "VisionTransformerDistilled":
-        settings["distilled"] = True
+    beyond = dict(distilled=True) if built == "VisionTransformerDistilled" else {}
+    if any(family in name for family in BILINEAR):
+        beyond["position_resize"] = "bilinear"
+    settings = settings_of(kind, given) | beyond
     entry = dict(backbone=kind, settings=settings)
     if missing := missing_of(given):
         entry["missing"] = missing
@@ -208,8 +213,7 @@ def entry_of(name: str, kind: str, cfgs, classes) -> dict:
     entry["parameters"] = count_parameters(name)
     entry["tags"] = {tag: card_of(cfgs.cfgs[tag]) for tag in cfgs.tags}
     for tag in list(entry["tags"])[1:]:  # a tag could set more than its card does
-        other = settings_of(kind, record(f"{name}.{tag}", classes)[1])
-        if other | {"distilled": True} != settings | {"distilled": True}:
+        if settings_of(kind, record(f"{name}.{tag}", classes)[1]) | beyond != settings:
             raise ValueError(f"{name}.{tag} has other settings than {name}")
     return entry
 

@@ -50,7 +50,7 @@ def test_weights_are_those_of_pytorchs_cubic():
 def test_with_antialiasing_weights_are_those_of_timms_cubic():
     """Keys' kernel (a = -0.5), as wide as the step where the grid shrinks, and summing to 1."""
     impulse = jnp.zeros((1, 145, 1)).at[0, 1 + 5 * 12 + 5].set(1.0)  # row 5, column 5 of 12 x 12
-    model = model_for(4, 6, antialias_positions=True)
+    model = model_for(4, 6, position_resize="bicubic_antialias")
     resized = resize_positions(dict(pos_embed=impulse), model)["pos_embed"][0, 1:, 0]
 
     def cubic(t, a=-0.5):

@@ -18,7 +18,7 @@ from evit_jax.errors import InputError
 from evit_jax.weights.names_hf import from_hf, is_hf
 from evit_jax.weights.names_npz import from_npz, is_npz
 from evit_jax.weights.names_original import from_original
-from evit_jax.weights.positions import resize_positions
+from evit_jax.weights.positions import resize_positions, resize_relative_bias
 
 Tensors = dict[str, np.ndarray]
 
@@ -27,6 +27,8 @@ STEM = {"patch_embed": "patch_embed.proj", "patch_embed_norm": "patch_embed.norm
 SPLIT = re.compile(
     r"(.*attn\.|attn_pool\.)(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.(weight|bias)"
 )
+
+FREQUENCIES = "rope.freqs"  # of learned rotary positions, in timm those of all blocks
 
 
 def timm_name(path: tuple[str, ...]) -> str:
@@ -61,18 +63,24 @@ def leaves(params: Mapping) -> dict[tuple[str, ...], jax.Array]:
 
 
 def with_timm_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Names and layouts of any supported source -> timm's, with q, k, v fused."""
+    """Names and layouts of any supported source -> timm's, with q, k, v fused.
+
+    Raises:
+      InputError: an array that should be taken apart or joined has too few dimensions.
+    """
     renamed = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", n): a for n, a in tensors.items()}
-    if is_npz(renamed):
-        return fused(from_npz(renamed))
-    return fused(from_hf(renamed) if is_hf(renamed) else from_original(renamed))
+    read = from_npz if is_npz(renamed) else from_hf if is_hf(renamed) else from_original
+    try:
+        return fused(read(renamed))
+    except (ValueError, IndexError) as error:
+        raise InputError(f"its arrays have shapes that no such model has ({error})") from None
 
 
 def fused(tensors: Tensors) -> Tensors:
     """One product for q, k and v in blocks, one for k and v in map pooling, as timm has them."""
     whole = {name: array for name, array in tensors.items() if not SPLIT.fullmatch(name)}
     split: dict[tuple[str, str], Tensors] = {}
-    for name in tensors.keys() - whole.keys():
+    for name in [name for name in tensors if name not in whole]:
         prefix, part, leaf = SPLIT.fullmatch(name).groups()
         split.setdefault((prefix, leaf), {})[part[0]] = tensors[name]
     for leaf in ("weight", "bias"):
@@ -101,7 +109,7 @@ def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
     """What a file has of the parameters with these names, where it has them in another form.
 
     Heads and pooling that a model does without are left out, as in timm: with num_classes=0 it has
-    no head. A missing bias is one of zeros, and one of zeros may be missing.
+    no head.
     """
     known = {alias: name for name in names for alias in (name, layer_scale_alias(name))}
     tensors = {known.get(name, name): array for name, array in tensors.items()}
@@ -113,28 +121,42 @@ def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
     for old, new in moves.items():
         if old in tensors.keys() - names and new in names - tensors.keys():
             tensors[new] = tensors.pop(old)
+    if (
+        FREQUENCIES in tensors and tensors[FREQUENCIES].ndim == 4
+    ):  # (2, depth, H, C / 2): each block has its own here
+        blocks = np.moveaxis(tensors.pop(FREQUENCIES), 1, 0)
+        tensors |= {f"blocks.{i}.attn.freqs": part for i, part in enumerate(blocks)}
     if SHARED_TABLE in tensors.keys() - names:  # BEiT's pretraining has one table for all blocks
         table = tensors.pop(SHARED_TABLE)
         ends = ".attn.relative_position_bias_table"
         tensors = {name: table for name in names if name.endswith(ends)} | tensors
-    for name in [name for name in tensors.keys() - names if name.endswith("qkv.bias")]:
-        stem = name.removesuffix("qkv.bias")
-        q, k, v = np.split(tensors[name], 3)
-        if not k.any() and f"{stem}q_bias" in names:
+    return with_known_biases(tensors, names)
+
+
+def with_known_biases(tensors: Tensors, names: Collection[str]) -> Tensors:
+    """Biases of q, k and v in one or apart (EVA and BEiT have none for keys), as `names` has them.
+
+    A missing bias is one of zeros, and one of zeros may be missing.
+    """
+    tensors = dict(tensors)
+    unknown = [name for name in tensors if name not in names]
+    for stem in [name.removesuffix("qkv.bias") for name in unknown if name.endswith("qkv.bias")]:
+        bias = tensors[f"{stem}qkv.bias"]
+        q, k, v = np.array_split(bias, 3)
+        if f"{stem}q_bias" in names and not k.any():
             tensors |= {f"{stem}q_bias": q, f"{stem}v_bias": v}
-            del tensors[name]
-        elif not tensors[name].any():
-            del tensors[name]
-    for name in [name for name in tensors.keys() - names if name.endswith("q_bias")]:
-        stem = name.removesuffix("q_bias")
-        q, v = tensors[name], tensors.get(f"{stem}v_bias")
-        if v is None:
+        elif bias.any():
             continue
+        del tensors[f"{stem}qkv.bias"]
+    for stem in [name.removesuffix("q_bias") for name in unknown if name.endswith("q_bias")]:
+        if f"{stem}v_bias" not in tensors:
+            continue
+        q, v = tensors[f"{stem}q_bias"], tensors[f"{stem}v_bias"]
         if f"{stem}qkv.bias" in names:
             tensors[f"{stem}qkv.bias"] = np.concatenate([q, np.zeros_like(q), v])
         elif q.any() or v.any():
             continue
-        del tensors[name], tensors[f"{stem}v_bias"]
+        del tensors[f"{stem}q_bias"], tensors[f"{stem}v_bias"]
     return tensors
 
 
@@ -177,6 +199,8 @@ def params_from_tensors(
         array = np.asarray(from_torch(path, array), np.float32)
         if path == ("pos_embed",) and positions_fit(array, fresh[path], model):
             array = np.asarray(resize_positions({"pos_embed": array}, model)["pos_embed"])
+        if path[-1] == "relative_position_bias_table":
+            array = resize_relative_bias(array, model.grid)
         if array.shape != fresh[path].shape:
             if path[0].startswith("head") and new_head:
                 array = np.asarray(fresh[path])
@@ -217,7 +241,11 @@ def positions_fit(table: np.ndarray, fresh: jax.Array, model) -> bool:
 
 def tensors_from_params(params: Mapping, model) -> Tensors:
     """Parameters -> timm names and PyTorch's layouts, float32 and contiguous."""
-    return {
+    tensors = {
         timm_name(path): np.ascontiguousarray(to_torch(path, np.asarray(leaf), model))
         for path, leaf in leaves(params).items()
     }
+    blocks = [f"blocks.{i}.attn.freqs" for i in range(model.depth)]
+    if blocks[0] in tensors:
+        tensors[FREQUENCIES] = np.stack([tensors.pop(name) for name in blocks], axis=1)
+    return tensors

@@ -113,6 +113,8 @@ class Signals:
     weight       (B, N) `Tokens.weight` as attention used it, or None.
     plain_q,
     plain_k      q and k before positions were applied to them; None where none are.
+    bias         (B or 1, H, N, N) float32, what positions add to the logits; None: nothing. `row`
+                 has it.
     rng          (B,) random keys in training, one per image (None otherwise), for sampling.
     blocks       at the site "output": the signals of every block, else ().
     class_token  static: whether the first token is a class token.
@@ -130,6 +132,7 @@ class Signals:
     weight: jax.Array | None = None
     plain_q: jax.Array | None = None
     plain_k: jax.Array | None = None
+    bias: jax.Array | None = None
     rng: jax.Array | None = None
     blocks: tuple["Signals", ...] = ()
     class_token: bool = struct.field(pytree_node=False, default=True)
@@ -160,6 +163,7 @@ class Signals:
         row, weight = self.row, self.weight
         if row is None:
             row = jnp.einsum("bhc,bhkc->bhk", self.q[:, :, 0], self.k, preferred_element_type=F32)
+            row = row if self.bias is None else row + self.bias[:, :, 0]
         if weight is not None:
             weight = weight.at[:, 0].set(jnp.where(weight[:, 0] <= 1, 1.0, weight[:, 0]))[:, None]
         unscaled, total = softmax_weights(row, weight)
@@ -169,6 +173,7 @@ class Signals:
         """(B, H, N, N) float32: the whole map, a row per query; each row sums to 1."""
         self.need_attention()
         logits = jnp.einsum("bhqc,bhkc->bhqk", self.q, self.k, preferred_element_type=F32)
+        logits = logits if self.bias is None else logits + self.bias
         weight = self.weight
         if weight is not None:  # a token counts itself with at least 1
             own = jnp.eye(weight.shape[1], dtype=bool)[None]

@@ -23,13 +23,14 @@ def test_importing_the_package_waits_for_neither_optax_nor_orbax():
 
 
 def test_the_models_are_listed_by_pattern():
-    assert evit_jax.list_models("*tiny*") == [
-        "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "vit_tiny_patch16_224"
+    assert evit_jax.list_models("deit_tiny*") == [
+        "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
     ]  # fmt: skip
     names = evit_jax.list_models()
     assert names == sorted(names)
-    assert {"vit", "deit_base_patch16_384"} < set(names)
-    for name in names:
+    assert {"vit", "deit_base_patch16_384", "vit_small_patch14_reg4_dinov2"} < set(names)
+    assert "vit_base_patch16_224.mae" in evit_jax.list_models("vit_base*", tags=True)
+    for name in evit_jax.list_models("deit_*"):
         assert build_model(name).depth == 12
     with pytest.raises(evit_jax.InputError) as error:
         evit_jax.list_models("deit_tinny*")

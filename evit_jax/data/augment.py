@@ -76,16 +76,23 @@ def random_resized_crop(
 
 
 def center_crop(
-    image: Image.Image, *, size: tuple[int, int], crop: float, interpolation: str
+    image: Image.Image,
+    *,
+    size: tuple[int, int],
+    crop: float,
+    interpolation: str,
+    squash: bool = False,
 ) -> Image.Image:
     """The evaluation view: resized to cover size / crop, then its center of `size`.
 
     For a square `size` the shorter side becomes floor(size / crop) and the longer keeps the aspect,
-    rounded down.
+    rounded down; to squash makes both sides that, as timm's crop mode of this name.
     """
     high, wide = (math.floor(side / crop) for side in size)
     width, height = image.size
-    if height * wide >= width * high:  # the width binds
+    if squash:
+        resized = wide, high
+    elif height * wide >= width * high:  # the width binds
         resized = wide, max(high, wide * height // width)
     else:
         resized = max(wide, high * width // height), high

@@ -110,6 +110,7 @@ class EvalExample:
     size: tuple[int, int]
     crop: float
     interpolation: str
+    squash: bool
     skip: bool
 
     def __call__(self, index: int) -> dict:
@@ -121,7 +122,11 @@ class EvalExample:
                 decoded = decode(element["image"], element["name"])
                 image = np.asarray(
                     center_crop(
-                        decoded, size=self.size, crop=self.crop, interpolation=self.interpolation
+                        decoded,
+                        size=self.size,
+                        crop=self.crop,
+                        interpolation=self.interpolation,
+                        squash=self.squash,
                     )
                 )
             except InputError:
@@ -229,6 +234,7 @@ def eval_batches(
     size: tuple[int, int],
     crop: float,
     interpolation: str,
+    squash: bool = False,
     batch_size: int,
     host: int = 0,
     hosts: int = 1,
@@ -243,6 +249,6 @@ def eval_batches(
       damaged (B,) bool.
     """
     check_damaged(damaged)
-    example = EvalExample(source, tuple(size), crop, interpolation, skip=damaged == "skip")
+    example = EvalExample(source, tuple(size), crop, interpolation, squash, damaged == "skip")
     part = Part(example, batch_size, host=host, hosts=hosts)
     return prepare(part, -(-len(source) // batch_size), threads, workers)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head self-attention that hands out what it was made of.
 
+Where nothing comes between the products for q, k and v and the softmax, nor between that and the
+projection, attention has a form for every chip (`attention_branch`). With norms in between, or with
+rotation or bias by positions, one form of the products serves all chips (`Attention.extended`).
+
 Letters: B images, N tokens, Q queries, H heads, C width of one head, D width. Softmax runs in
 float32.
 """
@@ -12,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.models import fused_gpu, fused_tpu
-from evit_jax.models.layers import Affine
+from evit_jax.models.layers import Affine, norm, weight_init
+from evit_jax.models.relative import relative_bias, table_size
+from evit_jax.models.rotary import Rotary
 from evit_jax.runtime.forms import EXACT, Form, by_chip
 from evit_jax.runtime.layouts import tokens_outside
 from evit_jax.tokens import softmax_weights
@@ -20,12 +26,19 @@ from evit_jax.tokens import softmax_weights
 TO_F32 = dict(preferred_element_type=jnp.float32)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, form: Form = EXACT) -> jax.Array:
-    """softmax(q k^T) v in the form of a chip.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    form: Form = EXACT,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k^T + bias) v in the form of a chip.
 
     Args:
       q: (B, H, Q, C), scaled.
       k, v: (B, H, N, C).
+      bias: (B or 1, H, Q, N) float32.
 
     Returns:
       (B, H, Q, C) float32.
@@ -38,6 +51,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, form: Form = EXACT) -> jax.
             for part in (q, k, v)
         )
     logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **TO_F32)
+    if bias is not None:
+        more = logits.shape[2] - queries
+        logits += jnp.pad(bias, ((0, 0), (0, 0), (0, more), (0, padding)))
     if padding:
         logits = jnp.where(jnp.arange(keys + padding)[None, None, None] < keys, logits, -jnp.inf)
     if form.normalize_map and keys > form.lanes:
@@ -74,7 +90,13 @@ def product(scores: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bhkc->bhqc", scores.astype(v.dtype), v, **TO_F32)
 
 
-def attend_weighted(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array) -> jax.Array:
+def attend_weighted(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """The same with weighted keys.
 
     A key's weight multiplies its exp(logit). A token counts itself with at least 1 (DynamicViT's
@@ -84,10 +106,14 @@ def attend_weighted(q: jax.Array, k: jax.Array, v: jax.Array, weight: jax.Array)
     Args:
       q, k, v: as for `attend`; the first Q tokens ask.
       weight: (B, N) float32 >= 0.
+      bias: (B or 1, H, Q, N) float32.
     """
     logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **TO_F32)
     queries = q.shape[2]
     own = jnp.einsum("bhqc,bhqc->bhq", q, k[:, :, :queries], **TO_F32)[..., None]
+    if bias is not None:
+        logits += bias
+        own += jnp.diagonal(bias, axis1=2, axis2=3)[..., None]
     lacking = 1.0 - weight[:, None, :queries, None]  # of a token's own weight
     visible = jnp.where(weight[:, None, None] > 0, logits, -jnp.inf)
     top = jnp.max(visible, axis=-1, keepdims=True)
@@ -254,26 +280,115 @@ def attention_branch(
     return y @ kernels[1] + biases[1][None, None], parts
 
 
+def attend_extended(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    form: Form = EXACT,
+) -> jax.Array:
+    """`attend`, or `attend_weighted` where there is a weight: (B, H, Q, C) in the dtype of v."""
+    if weight is not None:
+        return attend_weighted(q, k, v, weight, bias).astype(v.dtype)
+    whole = q.shape == k.shape and bias is None
+    if form.cudnn and whole and fused_gpu.has_cudnn(heads_last(v), v.shape[1]):
+        y = fused_gpu.attend(*(part.transpose(0, 2, 1, 3) for part in (q, k, v)))
+        return y.transpose(0, 2, 1, 3)
+    return attend(q, k, v, form, bias).astype(v.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v go to whoever derives scores from them."""
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
     pallas: bool = False  # see `Backbone.pallas`
+    qkv_bias: bool | str = True  # "qv": of queries and values alone (BEiT, EVA)
+    proj_bias: bool = True
+    qk_norm: bool = False  # of each head's queries and keys
+    inner_norm: bool = False  # of what enters the projection
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    rotary: Rotary | None = None  # queries and keys are turned by the tokens' positions
+    relative_grid: tuple[int, int] | None = None  # a bias by relative position, in this grid
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, weight: jax.Array | None, first: int | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """x (B, N, D), weight (B, N) or None -> (B, N, D), and what `attention_branch` names.
+        self,
+        x: jax.Array,
+        weight: jax.Array | None,
+        first: int | None = None,
+        *,
+        positions: jax.Array | None = None,
+        prefix: int = 0,
+    ) -> tuple[jax.Array, dict[str, jax.Array | None]]:
+        """Attends.
 
-        With `first` only the first `first` tokens are queries, and the result is (B, first, D).
+        Args:
+          x: (B, N, D).
+          weight: (B, N) or None, see `Tokens.weight`.
+          first: only the first `first` tokens are queries; None: all.
+          positions: (B or 1, N, 2), see `Tokens.positions`, read for `rotary` and `relative_grid`.
+          prefix: tokens at the front that have no position.
+
+        Returns:
+          (B, N, D), or (B, first, D), and by name what it was made of, see `attention_branch` and
+          `extended`.
         """
         width = x.shape[-1]
-        layers = Affine(3 * width, name="qkv")(width), Affine(width, name="proj")(width)
+        qkv = Affine(3 * width, self.qkv_bias is True, name="qkv")(width)
+        if self.qkv_bias == "qv":
+            zeros = nn.initializers.zeros_init()
+            q, v = (self.param(name, zeros, (width,)) for name in ("q_bias", "v_bias"))
+            qkv = qkv[0], jnp.concatenate([q, jnp.zeros_like(q), v])
+        proj = Affine(width, self.proj_bias, name="proj")(width)
+        # Where there is no bias, one of zeros keeps the forms few.
+        layers = [(k, jnp.zeros(k.shape[1:]) if b is None else b) for k, b in (qkv, proj)]
         kernels, biases = zip(*jax.tree.map(lambda a: a.astype(self.dtype), layers), strict=True)
+        inputs = x.astype(self.dtype), kernels, biases, weight
+        if self.qk_norm or self.inner_norm or self.rotary or self.relative_grid:
+            return self.extended(*inputs, first, positions, prefix)
         branch = functools.partial(
             attention_branch, num_heads=self.num_heads, first=first, pallas=self.pallas
         )
-        inputs = x.astype(self.dtype), kernels, biases, weight
         return by_chip(branch, *inputs, dtype=self.dtype)
+
+    def extended(self, x, kernels, biases, weight, first, positions, prefix):
+        """Attention with norms or positions; arguments as for `__call__` and `attention_branch`.
+
+        Returns:
+          (B, Q, D) and, by name, q, k, v and `row` as `attention_branch` has them; plain_q and
+          plain_k, what q and k were before they were turned, None where they are not; `bias`
+          (B or 1, H, N, N) float32 of the logits, or None.
+        """
+        three = query_key_value(x, kernels[0], biases[0], slice(0, x.shape[-1]), first)
+        q, k, v = (heads_first(part, x.shape[-1] // self.num_heads) for part in three)
+        if self.qk_norm:
+            q, k = (
+                norm(name, self.norm, self.norm_eps)(part).astype(x.dtype)
+                for name, part in (("q_norm", q), ("k_norm", k))
+            )
+        q = q * q.shape[-1] ** -0.5
+        parts = dict(plain_q=None, plain_k=None, bias=None)
+        if self.rotary:
+            parts |= dict(plain_q=q, plain_k=k)
+            frequencies = None
+            if self.rotary.kind == "mixed":
+                shape = 2, self.num_heads, k.shape[-1] // 2
+                frequencies = self.param("freqs", self.rotary.draw, shape)
+            rotation = self.rotary.rotation(positions, prefix, k.shape[-1], frequencies)
+            q, k = rotation(q), rotation(k)
+        row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
+        bias = None
+        if self.relative_grid:
+            shape = table_size(self.relative_grid), self.num_heads
+            table = self.param("relative_position_bias_table", weight_init, shape)
+            bias = parts["bias"] = relative_bias(table, positions, prefix, self.relative_grid)
+            row += bias[:, :, 0]
+            bias = bias[:, :, :first]
+        y = heads_last(by_chip(attend_extended, q, k, v, weight, bias, dtype=self.dtype))
+        if self.inner_norm:
+            y = norm("norm", self.norm, self.norm_eps)(y).astype(self.dtype)
+        y = y @ kernels[1] + biases[1][None, None]
+        return y, parts | dict(q=q, k=k, v=v, row=row)

@@ -26,6 +26,7 @@ from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
 CHOICES = dict(
+    position_resize=("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"),
     norm=("layer", "rms"),
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
       prefix, class_token      tokens in front of the patches, never reduced; whether the first of
                                them is a class token
       placed_prefix            how many of the prefix tokens have a position
+      position_resize          how they are resized, see `weights.positions`
       reads_patches, last      whether logits read patches; what a ramp leaves of them in the end
       keep, reducer, remat     fields that may be cloned with other values over the same parameters
       kept, tokens_per_block   the plan with one entry per block; tokens after each, prefix included
@@ -66,7 +68,11 @@ class Backbone(nn.Module):
     class_token: bool = True
     distilled: bool = False
     registers: int = 0
+    absolute_positions: bool = True  # a learned embedding of every position
     no_embed_class: bool = False  # positions are for patches only
+    # How positions are made for another image size: "bicubic" (DeiT's), "bicubic_antialias"
+    # (timm's) or "bilinear" (FlexiViT's), see `weights.positions`.
+    position_resize: str = "bicubic"
     pre_norm: bool = False  # a norm before the blocks, and patches without a bias (CLIP)
     embed_norm: bool = False  # a norm of the embedded patches, before positions
     layer_scale: float | None = None  # what LayerScale starts from; None has none
@@ -75,12 +81,14 @@ class Backbone(nn.Module):
     inner_norm: bool = False  # of what enters the projection and the MLP's second layer (BEiT-3)
     norm: str = "layer"  # or "rms"
     norm_eps: float = 1e-6
-    qkv_bias: bool = True
+    qkv_bias: bool | str = True  # "qv": of queries and values alone (BEiT, EVA)
     proj_bias: bool = True  # of the projection and the MLP
     activation: str = "gelu"  # or "gelu_tanh", "quick_gelu", "silu"
     mlp: str = "plain"  # or "swiglu", "swiglu_packed", see `layers.Mlp`
     pool: str = "token"  # or "avg", "map": what logits read, the first token or patches
     pool_heads: int | None = None  # of map pooling; None: num_heads
+    pool_mlp_ratio: float | None = None  # of map pooling; None: mlp_ratio
+    pool_prefix: bool = False  # prefix tokens are pooled, too
     fc_norm: bool | None = None  # the last norm after pooling, not before; None: where pool is avg
     final_norm: bool = True
     dropout_rate: float = 0.0
@@ -120,6 +128,11 @@ class Backbone(nn.Module):
         return first // 2 if self.mlp == "swiglu_packed" else first
 
     @property
+    def pool_hidden(self) -> int:
+        """Width of map pooling's MLP."""
+        return int(self.width * (self.pool_mlp_ratio or self.mlp_ratio))
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP's first layer makes a gate besides."""
         return self.mlp != "plain"
@@ -148,9 +161,9 @@ class Backbone(nn.Module):
         """Multiply-accumulates of one image's map pooling and classifiers."""
         macs = (1 + self.distilled) * self.width * self.num_classes
         if self.pool == "map":  # keys, values, logits and their sum; query, projection and MLP
-            patches = self.tokens_per_block[-1] - self.prefix
-            macs += 2 * patches * self.width**2 + 2 * patches * self.width
-            macs += 2 * self.width**2 + 2 * self.width * int(self.width * self.mlp_ratio)
+            tokens = self.tokens_per_block[-1] - (0 if self.pool_prefix else self.prefix)
+            macs += 2 * tokens * self.width**2 + 2 * tokens * self.width
+            macs += 2 * self.width**2 + 2 * self.width * self.pool_hidden
         return macs
 
     @property

@@ -45,7 +45,7 @@ def preprocess(
         elif getattr(image, "dtype", None) != np.uint8:
             raise InputError(f"{label} must be a path or a uint8 array, got {type(image).__name__}")
         picture = decode(image, label)
-        view = center_crop(picture, size=size, crop=card.crop, interpolation=card.interpolation)
+        view = center_crop(picture, size=size, **card.view)
         views.append(np.asarray(view))
     if not views:
         raise InputError("there are no images to preprocess")

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from evit_jax.models.backbone import Backbone
 from evit_jax.models.block import Block, reduce
-from evit_jax.models.card import IMAGENET, Preprocessing
 from evit_jax.models.layers import Affine, dropout, embed_patches, fold, norm, weight_init
 from evit_jax.models.pooling import MapPool, average
 from evit_jax.runtime.forms import by_chip
@@ -38,7 +37,8 @@ class ViT(Backbone):
                      pooled features, where logits read patches
       dense          (B, P, D) float32: a feature of every original patch, see `tokens.unmerge`,
                      after the last norm where that comes before pooling
-      pool_attention (B, n) float32, map pooling only: what the probe attends to, mean over heads
+      pool_attention (B, n) float32, map pooling only: what the probe attends to, mean over heads;
+                     (B, N) where the prefix is pooled, too
       logits_dist    (B, num_classes) float32, distilled models only: the distillation head, while
       logits_cls     (B, num_classes) float32 is the class head; `logits` is their mean
     """
@@ -140,11 +140,12 @@ class ViT(Backbone):
 
         out: dict[str, jax.Array] = {}
         if last is None:
-            x, size = normed(tokens.x)[:, self.prefix :], tokens.size[:, self.prefix :]
+            start = 0 if self.pool_prefix else self.prefix
+            x, size = normed(tokens.x)[:, start:], tokens.size[:, start:]
             if self.pool == "map":
                 pool = MapPool(
                     self.pool_heads or self.num_heads,
-                    int(self.width * self.mlp_ratio),
+                    self.pool_hidden,
                     activation=self.activation,
                     norm=self.norm,
                     norm_eps=self.norm_eps,
@@ -206,14 +207,16 @@ class ViT(Backbone):
             for name, count in counts.items()
             if count
         ]
-        positions = self.param(
-            "pos_embed", weight_init, (1, self.placed_prefix + self.patches, self.width)
-        )
-        if self.no_embed_class:
+        positions = None
+        if self.absolute_positions:
+            positions = self.param(
+                "pos_embed", weight_init, (1, self.placed_prefix + self.patches, self.width)
+            )
+        if self.absolute_positions and self.no_embed_class:
             x = x + positions.astype(self.dtype)
         prefix = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in prefix]
         x = jnp.concatenate([*(token.astype(self.dtype) for token in prefix), x], axis=1)
-        if not self.no_embed_class:
+        if self.absolute_positions and not self.no_embed_class:
             x = x + positions.astype(self.dtype)
         x = dropout(x, self.dropout_rate, rngs)
         if self.pre_norm:
@@ -229,22 +232,3 @@ class ViT(Backbone):
 
 
 MODEL = ViT  # what create_model("vit") builds
-
-SIZES = {
-    "tiny": dict(width=192, num_heads=3),
-    "small": dict(width=384, num_heads=6),
-    "base": dict(width=768, num_heads=12),
-}
-# DeiT and EViT evaluate at 224/256 of the resized side at every size; timm's ViTs have their own.
-DEIT = Preprocessing(**IMAGENET, crop=224 / 256)
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-NAMED = {
-    f"{family}_{size}{distilled}_patch16_{pixels}": (
-        SIZES[size] | dict(image_size=pixels, patch_size=16, distilled=bool(distilled)),
-        DEIT if family == "deit" else Preprocessing(**HALF, crop=0.9 if pixels == 224 else 1.0),
-    )
-    for family, distilled in (("vit", ""), ("deit", ""), ("deit", "_distilled"))
-    for size in SIZES
-    for pixels in (224, 384)
-    if pixels == 224 or size == "base"
-}

@@ -289,8 +289,7 @@ def main() -> None:
     batches = pipeline.eval_batches(
         source,
         size=dense.image_size,
-        crop=card.crop,
-        interpolation=card.interpolation,
+        **card.view,
         batch_size=batch_size,
         host=jax.process_index(),
         hosts=jax.process_count(),

@@ -138,8 +138,7 @@ def main() -> None:
         return pipeline.eval_batches(
             source,
             size=model.image_size,
-            crop=card.crop,
-            interpolation=card.interpolation,
+            **card.view,
             batch_size=batch_size,
             host=jax.process_index(),
             hosts=jax.process_count(),

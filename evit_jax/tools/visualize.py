@@ -15,6 +15,7 @@ many patches are still on their own (`kept`), share a token (`fused`) and are go
 """
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -192,8 +193,8 @@ def visualize(options: argparse.Namespace) -> dict:
     params = spec.load_params(model)
 
     card = preprocessing(spec.name)
-    crop = dict(size=model.image_size, crop=card.crop, interpolation=card.interpolation)
-    pictures = [center_crop(decode(view.picture, view.name), **crop) for view in views]
+    view_of = functools.partial(center_crop, size=model.image_size, **card.view)
+    pictures = [view_of(decode(view.picture, view.name)) for view in views]
     look = compile_look(model, card)
     rows, images = [], []
     for number, (view, picture) in enumerate(zip(views, pictures, strict=True), start=1):

@@ -93,7 +93,8 @@ class Data:
     def test_batches(self) -> Iterator[dict]:
         """One pass over the test images."""
         size = self.config.run.test_batch_size
-        return pipeline.eval_batches(self.test, crop=self.card.crop, batch_size=size, **self.view)
+        view = self.view | self.card.view
+        return pipeline.eval_batches(self.test, batch_size=size, **view)
 
 
 def placed(batch: dict, devices: DataParallel) -> tuple[dict, dict]:

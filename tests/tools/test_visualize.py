@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from evit_jax.data import open_source
-from evit_jax.models import create_model, vit
-from evit_jax.models.card import Preprocessing
+from evit_jax.models import create_model, named
 from evit_jax.models.images import preprocess
 from evit_jax.pictures import patches
 from evit_jax.pictures.patches import DROPPED, FUSED, KEPT, patch_states
@@ -28,10 +27,17 @@ TINY = dict(image_size=32, patch_size=8, width=32, depth=4, num_heads=4, num_cla
 GRID, CELL = (2, 3), (4, 5)
 
 
+def named_tiny(monkeypatch, sizes):
+    """Puts a model of these sizes among the named ones as "tiny"."""
+    card = dict(statistics="half", crop=0.9, image_size=sizes["image_size"], num_classes=10)
+    entry = dict(backbone="vit", settings=sizes, tags={"": card})
+    monkeypatch.setitem(named.table(), "tiny", entry)
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Names a tiny model, and gives its weights and two photographs as arguments."""
-    monkeypatch.setitem(vit.NAMED, "tiny", (TINY, Preprocessing(crop=0.9)))
+    named_tiny(monkeypatch, TINY)
     model, params = create_model("tiny")
     write_safetensors(tmp_path / "tiny.safetensors", tensors_from_params(params, model))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
@@ -198,7 +204,7 @@ def test_a_method_that_reduces_in_every_block_gets_six_panels_and_all_figures(
         return page(rows, *rest)
 
     monkeypatch.setattr(patches, "page", record)
-    monkeypatch.setitem(vit.NAMED, "tiny", (TINY | dict(depth=7), Preprocessing()))
+    named_tiny(monkeypatch, TINY | dict(depth=7))
     model, params = create_model("tiny")
     write_safetensors(tiny["--weights"], tensors_from_params(params, model))
     found = run(tiny | {"--reducer": "tome:r=1", "--keep_rate": None}, tmp_path, capsys)

@@ -47,6 +47,27 @@ def test_weights_are_those_of_pytorchs_cubic():
     np.testing.assert_allclose(got, np.outer(line, line)[2:6, 2:6], atol=1e-6)
 
 
+def test_with_antialiasing_weights_are_those_of_timms_cubic():
+    """Keys' kernel (a = -0.5), as wide as the step where the grid shrinks, and summing to 1."""
+    impulse = jnp.zeros((1, 145, 1)).at[0, 1 + 5 * 12 + 5].set(1.0)  # row 5, column 5 of 12 x 12
+    model = model_for(4, 6, position_resize="bicubic_antialias")
+    resized = resize_positions(dict(pos_embed=impulse), model)["pos_embed"][0, 1:, 0]
+
+    def cubic(t, a=-0.5):
+        t = abs(t)
+        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+        far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+        return near if t <= 1 else far if t < 2 else 0.0
+
+    def line(count):
+        step = 12 / count
+        centers = [(i + 0.5) * step - 0.5 for i in range(count)]
+        weights = np.array([[cubic((j - center) / step) for j in range(12)] for center in centers])
+        return (weights / weights.sum(axis=1, keepdims=True))[:, 5]
+
+    np.testing.assert_allclose(resized.reshape(4, 6), np.outer(line(4), line(6)), atol=1e-6)
+
+
 def test_the_same_grid_is_left_alone_and_prefix_tokens_are_kept():
     params = dict(pos_embed=table(4, 4))
     assert resize_positions(params, model_for(4, 4)) is params

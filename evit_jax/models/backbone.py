@@ -26,7 +26,7 @@ from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
 CHOICES = dict(
-    position_resize=("bicubic", "bicubic_antialias", "bilinear"),
+    position_resize=("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"),
     norm=("layer", "rms"),
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),

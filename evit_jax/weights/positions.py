@@ -14,6 +14,7 @@ METHODS = {  # how -> method and whether it is antialiased
     "bicubic": (RESIZE.CUBIC_PYTORCH, False),  # a = -0.75
     "bicubic_antialias": (RESIZE.CUBIC, True),  # a = -0.5
     "bilinear": (RESIZE.LINEAR, False),
+    "bilinear_antialias": (RESIZE.LINEAR, True),
 }
 
 
@@ -25,6 +26,7 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
       "bicubic"            without antialiasing, with PyTorch's own kernel (DeiT, EViT)
       "bicubic_antialias"  with antialiasing and the usual kernel, even where nothing shrinks (timm)
       "bilinear"           without antialiasing (FlexiViT, RADIO)
+      "bilinear_antialias" with it (SigLIP 2 in NaFlex)
     Everything else is shared with `params`.
 
     Args:

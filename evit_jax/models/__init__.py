@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import InputError, check_name, check_names
-from evit_jax.models import named
+from evit_jax.models import folder, named
 from evit_jax.models.card import Preprocessing
+from evit_jax.models.likeness import looks_like
 from evit_jax.plan.files import read_plan
 from evit_jax.reducers import create_reducer
 from evit_jax.tokens import Reducer
 from evit_jax.weights import files, hub
-from evit_jax.weights.names import params_from_tensors
+from evit_jax.weights.names import params_from_tensors, with_timm_names
 
 
 def backbones() -> dict:
@@ -37,12 +38,15 @@ def backbones() -> dict:
 
 
 def find_model(name: str):
-    """Name of a backbone or variant, with or without tag -> (Linen class, settings, card)."""
+    """A name as for `create_model` -> (Linen class, its settings, Preprocessing)."""
     modules = backbones()
     if name in modules:
         return modules[name].MODEL, {}, Preprocessing()
-    check_name("model", name.partition(".")[0], [*modules, *named.table()])
-    backbone, settings, card = named.find(name)
+    if folder.is_folder(name):
+        backbone, settings, card = folder.find(name)
+    else:
+        check_name("model", name.partition(".")[0], [*modules, *named.table()])
+        backbone, settings, card = named.find(name)
     return modules[backbone].MODEL, settings, card
 
 
@@ -118,10 +122,12 @@ def create_model(
     """Builds a model and its parameters.
 
     Args:
-      name: a backbone ("vit") or a variant ("deit_small_patch16_224").
-      weights: a file of timm, DeiT, EViT (.safetensors, .pth) or vision_transformer (.npz), or
-        "hf:OWNER/REPOSITORY@COMMIT" on the Hugging Face hub; default randomly initialized. Position
-        embeddings of another image size are resized.
+      name: a backbone ("vit"), a variant that timm names, with or without the tag of its weights
+        ("deit_small_patch16_224", "vit_small_patch14_reg4_dinov2.lvd142m"), or a folder with a
+        config.json of Hugging Face transformers, whose weights are then the default.
+      weights: a file of timm, of the model's authors (.safetensors, .pth, .npz) or of transformers,
+        such a folder, or "hf:OWNER/REPOSITORY[@COMMIT][:FILE]" on the Hugging Face hub; default
+        randomly initialized. Position embeddings of another image size are resized.
       new_head: initialize new heads where the file has none, or for another number of classes.
       seed: of randomly initialized weights.
       keep_rate: fraction of the patch tokens kept by each block in `layers`; default 1.
@@ -143,6 +149,8 @@ def create_model(
     """
     model = build_model(name, **settings)
     key = jax.random.key(seed)
+    if weights is None and folder.is_folder(name):
+        weights = name
     if weights is None:
         return model, init_params(model, key)
     return model, load_params(weights, model, key=key, new_head=new_head)
@@ -151,6 +159,8 @@ def create_model(
 def load_params(weights: str, model, *, key: jax.Array, new_head: bool = False) -> dict:
     """Parameters for `model` from a file or the hub, see `create_model`."""
     path = hub.download(weights) if weights.startswith("hf:") else weights
+    if folder.is_folder(path):
+        folder.check(path, model)
     tensors = files.read_tensors(path)
     if new_head or isinstance(model.reducer, nn.Module):  # some of it may be kept
         fresh = init_params(model, key)
@@ -159,7 +169,8 @@ def load_params(weights: str, model, *, key: jax.Array, new_head: bool = False) 
     try:
         return params_from_tensors(tensors, model, fresh, new_head=new_head)
     except InputError as error:
-        raise InputError(f"{weights}: {error}") from None
+        looks = looks_like(with_timm_names(tensors), model)
+        raise InputError(f"{weights}: {error}{looks}") from None
 
 
 def init_params(model, key: jax.Array) -> dict:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.models import fused_gpu, fused_tpu
-from evit_jax.models.layers import Affine, norm
-from evit_jax.models.rotary import Rotation
+from evit_jax.models.layers import Affine, norm, weight_init
+from evit_jax.models.relative import relative_bias, table_size
+from evit_jax.models.rotary import Rotary
 from evit_jax.runtime.forms import EXACT, Form, by_chip
 from evit_jax.runtime.layouts import tokens_outside
 from evit_jax.tokens import softmax_weights
@@ -309,6 +310,8 @@ class Attention(nn.Module):
     inner_norm: bool = False  # of what enters the projection
     norm: str = "layer"
     norm_eps: float = 1e-6
+    rotary: Rotary | None = None  # queries and keys are turned by the tokens' positions
+    relative_grid: tuple[int, int] | None = None  # a bias by relative position, in this grid
 
     @nn.compact
     def __call__(
@@ -317,17 +320,17 @@ class Attention(nn.Module):
         weight: jax.Array | None,
         first: int | None = None,
         *,
-        rotation: Rotation | None = None,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        positions: jax.Array | None = None,
+        prefix: int = 0,
+    ) -> tuple[jax.Array, dict[str, jax.Array | None]]:
         """Attends.
 
         Args:
           x: (B, N, D).
           weight: (B, N) or None, see `Tokens.weight`.
           first: only the first `first` tokens are queries; None: all.
-          rotation: of queries and keys, by the tokens' positions.
-          bias: (B or 1, H, N, N) float32, added to the logits.
+          positions: (B or 1, N, 2), see `Tokens.positions`, read for `rotary` and `relative_grid`.
+          prefix: tokens at the front that have no position.
 
         Returns:
           (B, N, D), or (B, first, D), and by name what it was made of, see `attention_branch` and
@@ -343,20 +346,21 @@ class Attention(nn.Module):
         # Where there is no bias, one of zeros keeps the forms few.
         layers = [(k, jnp.zeros(k.shape[1:]) if b is None else b) for k, b in (qkv, proj)]
         kernels, biases = zip(*jax.tree.map(lambda a: a.astype(self.dtype), layers), strict=True)
-        x = x.astype(self.dtype)
-        if self.qk_norm or self.inner_norm or rotation is not None or bias is not None:
-            return self.extended(x, kernels, biases, weight, first, rotation, bias)
+        inputs = x.astype(self.dtype), kernels, biases, weight
+        if self.qk_norm or self.inner_norm or self.rotary or self.relative_grid:
+            return self.extended(*inputs, first, positions, prefix)
         branch = functools.partial(
             attention_branch, num_heads=self.num_heads, first=first, pallas=self.pallas
         )
-        return by_chip(branch, x, kernels, biases, weight, dtype=self.dtype)
+        return by_chip(branch, *inputs, dtype=self.dtype)
 
-    def extended(self, x, kernels, biases, weight, first, rotation, bias):
-        """Attention with norms, rotation or bias; arguments as for `__call__`, `attention_branch`.
+    def extended(self, x, kernels, biases, weight, first, positions, prefix):
+        """Attention with norms or positions; arguments as for `__call__` and `attention_branch`.
 
         Returns:
           (B, Q, D) and, by name, q, k, v and `row` as `attention_branch` has them; plain_q and
-          plain_k, what q and k were before rotation, None where there is none; `bias`.
+          plain_k, what q and k were before they were turned, None where they are not; `bias`
+          (B or 1, H, N, N) float32 of the logits, or None.
         """
         three = query_key_value(x, kernels[0], biases[0], slice(0, x.shape[-1]), first)
         q, k, v = (heads_first(part, x.shape[-1] // self.num_heads) for part in three)
@@ -366,12 +370,21 @@ class Attention(nn.Module):
                 for name, part in (("q_norm", q), ("k_norm", k))
             )
         q = q * q.shape[-1] ** -0.5
-        parts = dict(plain_q=None, plain_k=None, bias=bias)
-        if rotation is not None:
+        parts = dict(plain_q=None, plain_k=None, bias=None)
+        if self.rotary:
             parts |= dict(plain_q=q, plain_k=k)
+            frequencies = None
+            if self.rotary.kind == "mixed":
+                shape = 2, self.num_heads, k.shape[-1] // 2
+                frequencies = self.param("freqs", self.rotary.draw, shape)
+            rotation = self.rotary.rotation(positions, prefix, k.shape[-1], frequencies)
             q, k = rotation(q), rotation(k)
         row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
-        if bias is not None:
+        bias = None
+        if self.relative_grid:
+            shape = table_size(self.relative_grid), self.num_heads
+            table = self.param("relative_position_bias_table", weight_init, shape)
+            bias = parts["bias"] = relative_bias(table, positions, prefix, self.relative_grid)
             row += bias[:, :, 0]
             bias = bias[:, :, :first]
         y = heads_last(by_chip(attend_extended, q, k, v, weight, bias, dtype=self.dtype))

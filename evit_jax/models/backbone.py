@@ -27,7 +27,7 @@ from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
 CHOICES = dict(
-    position_resize=("bicubic", "bicubic_antialias", "bilinear"),
+    position_resize=("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"),
     norm=("layer", "rms"),
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),
@@ -69,6 +69,7 @@ class Backbone(nn.Module):
     class_token: bool = True
     distilled: bool = False
     registers: int = 0
+    absolute_positions: bool = True  # a learned embedding of every position
     no_embed_class: bool = False  # positions are for patches only
     # How positions are made for another image size: "bicubic" (DeiT's), "bicubic_antialias"
     # (timm's) or "bilinear" (FlexiViT's), see `weights.positions`.
@@ -81,12 +82,15 @@ class Backbone(nn.Module):
     inner_norm: bool = False  # of what enters the projection and the MLP's second layer (BEiT-3)
     norm: str = "layer"  # or "rms"
     norm_eps: float = 1e-6
-    qkv_bias: bool = True
+    qkv_bias: bool | str = True  # "qv": of queries and values alone (BEiT, EVA)
+    split_qkv: bool = False  # timm's files have layers of their own for q, k and v
     proj_bias: bool = True  # of the projection and the MLP
     activation: str = "gelu"  # or "gelu_tanh", "quick_gelu", "silu"
     mlp: str = "plain"  # or "swiglu", "swiglu_packed", see `layers.Mlp`
     pool: str = "token"  # or "avg", "map": what logits read, the first token or patches
     pool_heads: int | None = None  # of map pooling; None: num_heads
+    pool_mlp_ratio: float | None = None  # of map pooling; None: mlp_ratio
+    pool_prefix: bool = False  # prefix tokens are pooled, too
     fc_norm: bool | None = None  # the last norm after pooling, not before; None: where pool is avg
     final_norm: bool = True
     dropout_rate: float = 0.0
@@ -126,6 +130,11 @@ class Backbone(nn.Module):
         return first // 2 if self.mlp == "swiglu_packed" else first
 
     @property
+    def pool_hidden(self) -> int:
+        """Width of map pooling's MLP."""
+        return int(self.width * (self.pool_mlp_ratio or self.mlp_ratio))
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP's first layer makes a gate besides."""
         return self.mlp != "plain"
@@ -154,9 +163,9 @@ class Backbone(nn.Module):
         """Multiply-accumulates of one image's map pooling and classifiers."""
         macs = (1 + self.distilled) * self.width * self.num_classes
         if self.pool == "map":  # keys, values, logits and their sum; query, projection and MLP
-            patches = self.tokens_per_block[-1] - self.prefix
-            macs += 2 * patches * self.width**2 + 2 * patches * self.width
-            macs += 2 * self.width**2 + 2 * self.width * int(self.width * self.mlp_ratio)
+            tokens = self.tokens_per_block[-1] - (0 if self.pool_prefix else self.prefix)
+            macs += 2 * tokens * self.width**2 + 2 * tokens * self.width
+            macs += 2 * self.width**2 + 2 * self.width * self.pool_hidden
         return macs
 
     @property

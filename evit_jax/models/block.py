@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from evit_jax.models.attention import Attention
 from evit_jax.models.layers import LayerScale, Mlp, dropout, fold, norm
+from evit_jax.models.rotary import Rotary
 from evit_jax.plan.counts import Entry
 from evit_jax.tokens import Reducer, Signals, Tokens
 
@@ -24,7 +25,7 @@ def reduce(
 
 
 class Block(nn.Module):
-    """A block that may reduce its tokens; the switches are those of `Backbone`."""
+    """A block that may reduce its tokens; the switches are those of `Backbone` and `models.eva`."""
 
     num_heads: int
     hidden: int  # width of what enters the MLP's second layer
@@ -36,11 +37,15 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     pallas: bool = False  # see `Backbone.pallas`
     layer_scale: float | None = None
+    flat_layer_scale: bool = False
     post_norm: bool = False
     qk_norm: bool = False
     qkv_bias: bool | str = True
     proj_bias: bool = True
     inner_norm: bool = False
+    mlp_norm: bool = False
+    rotary: Rotary | None = None
+    relative_grid: tuple[int, int] | None = None
     norm: str = "layer"
     norm_eps: float = 1e-6
     activation: str = "gelu"
@@ -65,21 +70,25 @@ class Block(nn.Module):
             tokens = reduce(self, self.reducer, tokens, signals, self.keep)
 
         before = tokens.x
-        norms = dict(norm=self.norm, norm_eps=self.norm_eps, inner_norm=self.inner_norm)
+        norms = dict(norm=self.norm, norm_eps=self.norm_eps)
         attention = Attention(
             self.num_heads,
             self.dtype,
             self.pallas,
-            qk_norm=self.qk_norm,
             qkv_bias=self.qkv_bias,
             proj_bias=self.proj_bias,
+            qk_norm=self.qk_norm,
+            inner_norm=self.inner_norm,
+            rotary=self.rotary,
+            relative_grid=self.relative_grid,
             **norms,
             name="attn",
         )
         enters = before if self.post_norm else self.normed("norm1", before)
-        y, parts = attention(enters, tokens.weight, first)
+        places = dict(positions=tokens.positions, prefix=tokens.prefix)
+        y, parts = attention(enters, tokens.weight, first, **places)
         y = self.normed("norm1", y).astype(self.dtype) if self.post_norm else y
-        y = y if self.layer_scale is None else LayerScale(self.layer_scale, name="ls1")(y)
+        y = self.scaled(1, y)
         y = dropout(y, self.dropout_rate, fold(rngs, 0))
         y = dropout(y, self.drop_path_rate, fold(rngs, 1), whole=True)
         signals = signals.replace(
@@ -101,16 +110,26 @@ class Block(nn.Module):
             kind=self.mlp,
             activation=self.activation,
             use_bias=self.proj_bias,
+            inner_norm=self.inner_norm or self.mlp_norm,
             **norms,
             name="mlp",
         )
         enters = tokens.x if self.post_norm else self.normed("norm2", tokens.x)
         y = mlp(enters.astype(self.dtype), fold(rngs, 3))
         y = self.normed("norm2", y).astype(self.dtype) if self.post_norm else y
-        y = y if self.layer_scale is None else LayerScale(self.layer_scale, name="ls2")(y)
+        y = self.scaled(2, y)
         y = dropout(y, self.drop_path_rate, fold(rngs, 4), whole=True)
         return tokens.replace(x=tokens.x + y), signals
 
     def normed(self, name: str, x: jax.Array) -> jax.Array:
         """x (B, N, D) after the norm of this name, float32."""
         return norm(name, self.norm, self.norm_eps)(x)
+
+    def scaled(self, branch: int, y: jax.Array) -> jax.Array:
+        """A branch's y (B, N, D) after its LayerScale, if there is one."""
+        if self.layer_scale is None:
+            return y
+        if not self.flat_layer_scale:
+            return LayerScale(self.layer_scale, name=f"ls{branch}")(y)
+        initial = nn.initializers.constant(self.layer_scale)
+        return y * self.param(f"gamma_{branch}", initial, y.shape[-1:]).astype(y.dtype)[None, None]

@@ -22,6 +22,7 @@ import numpy as np
 from flax import struct
 
 F32 = jnp.float32
+KINDS = ("cat", "dinov3", "mixed")
 
 
 @struct.dataclass
@@ -53,7 +54,7 @@ class Rotation:
 class Rotary:
     """What a model's rotary positions are made of; static."""
 
-    kind: str  # "cat", "dinov3" or "mixed"
+    kind: str  # one of KINDS
     grid: tuple[int, int]  # rows and columns of patches in an image
     temperature: float
     offset: float = 0.0  # added to every coordinate
@@ -89,14 +90,26 @@ class Rotary:
         angles = jnp.where(patch[None, None, :, None], angles, 0)
         return Rotation(jnp.cos(angles), jnp.sin(angles), adjacent=self.kind != "dinov3")
 
+    def draw(self, key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+        """Frequencies of the kind "mixed" to start training from: (2, H, C / 2) float32.
+
+        As RoPE-ViT does: pairs of orthogonal waves in a random direction for each head.
+        """
+        _, num_heads, count = shape
+        directions = jax.random.uniform(key, (num_heads, 1), maxval=2 * math.pi)
+        turned = jnp.concatenate([directions, directions + math.pi / 2], axis=1)[..., None]
+        lengths = jnp.asarray(self.bands(count // 2))[None, None]
+        waves = jnp.stack([jnp.cos(turned), jnp.sin(turned)]) * lengths[None]
+        return waves.reshape(shape)
+
     def coordinates(self, positions: jax.Array) -> jax.Array:
         """Positions (B, N, 2) in the units and the order of the angles."""
-        sizes = np.asarray(self.grid, np.float32)
+        sizes = jnp.asarray(self.grid, F32)[None, None]
         at = positions + self.offset
         if self.kind == "dinov3":
             at = 2 * ((at + 0.5) / sizes) - 1
         elif self.reference is not None:
-            at = at / sizes * np.asarray(self.reference, np.float32)
+            at = at / sizes * jnp.asarray(self.reference, F32)[None, None]
         return at[..., ::-1] if self.columns_first else at
 
     def bands(self, count: int) -> np.ndarray:

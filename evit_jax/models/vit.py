@@ -46,7 +46,8 @@ class ViT(Backbone):
                      pooled features, where logits read patches
       dense          (B, P, D) float32: a feature of every original patch, see `tokens.unmerge`,
                      after the last norm where that comes before pooling
-      pool_attention (B, n) float32, map pooling only: what the probe attends to, mean over heads
+      pool_attention (B, n) float32, map pooling only: what the probe attends to, mean over heads;
+                     (B, N) where the prefix is pooled, too
       logits_dist    (B, num_classes) float32, distilled models only: the distillation head, while
       logits_cls     (B, num_classes) float32 is the class head; `logits` is their mean
     """
@@ -148,7 +149,7 @@ class ViT(Backbone):
         pool = MapPool(
             self.width,
             self.pool_heads or self.num_heads,
-            int(self.width * self.mlp_ratio),
+            self.pool_hidden,
             activation=self.activation,
             norm_kind=self.norm,
             norm_eps=self.norm_eps,
@@ -178,8 +179,8 @@ class ViT(Backbone):
         """
         out: dict[str, jax.Array] = {}
         if last is None:
-            patches = readout.norm(tokens.x)[:, self.prefix :]
-            pooled = readout.pool(patches, tokens.size[:, self.prefix :])
+            start = 0 if self.pool_prefix else self.prefix
+            pooled = readout.pool(readout.norm(tokens.x)[:, start:], tokens.size[:, start:])
             if self.pool == "map":
                 pooled, out["pool_attention"] = pooled
             features = pooled[:, None]
@@ -233,14 +234,16 @@ class ViT(Backbone):
             for name, count in counts.items()
             if count
         ]
-        positions = self.param(
-            "pos_embed", weight_init, (1, self.placed_prefix + self.patches, self.width)
-        )
-        if self.no_embed_class:
+        positions = None
+        if self.absolute_positions:
+            positions = self.param(
+                "pos_embed", weight_init, (1, self.placed_prefix + self.patches, self.width)
+            )
+        if self.absolute_positions and self.no_embed_class:
             x = x + positions.astype(self.dtype)
         prefix = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in prefix]
         x = jnp.concatenate([*(token.astype(self.dtype) for token in prefix), x], axis=1)
-        if not self.no_embed_class:
+        if self.absolute_positions and not self.no_embed_class:
             x = x + positions.astype(self.dtype)
         x = dropout(x, self.dropout_rate, rngs)
         if self.pre_norm:

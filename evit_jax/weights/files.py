@@ -6,6 +6,7 @@ with the file's own, and whatever is wrong ends in one InputError.
 """
 
 import io
+import json
 import math
 import os
 import re
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from evit_jax.errors import InputError
 from evit_jax.weights.torch_pickle import MAX_DIMENSIONS, Machine, Refused, Tensor
 
+INDEX = "model.safetensors.index.json"
+NESTED = ("model", "state_dict", "module", "encoder", "teacher")  # where state dicts are
 MAX_DIRECTORY = 16 << 20  # bytes of a zip file's directory; a thousand tensors need 100 KB
 MAX_UNPACKED = 16 << 30
 MAX_RATIO = 1000
@@ -38,11 +41,12 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """A .safetensors, PyTorch (.pth, .pt, .bin) or .npz file's tensors by name, read-only.
 
     The content decides which it is. Of a PyTorch training checkpoint it is the state dict under
-    `model`, else under `state_dict`, else the whole.
+    `model`, else `state_dict`, `module`, `encoder` or `teacher`, else the whole. Of a folder it is
+    model.safetensors, or the parts that model.safetensors.index.json lists.
     """
     path = Path(path)
     try:
-        tensors = _read(path)
+        tensors = _read_folder(path) if path.is_dir() else _read(path)
         if not tensors:
             raise Refused("there are no tensors in it")
         return {name: _finished(array) for name, array in tensors.items()}
@@ -105,6 +109,26 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if start.startswith(b"\x80"):
         raise Refused("it is a Python pickle, but not one that torch.save wrote")
     raise Refused("it is neither a .safetensors nor a PyTorch nor an .npz file")
+
+
+def _read_folder(path: Path) -> dict[str, np.ndarray]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return _read(path / name)
+    index = path / INDEX
+    if not index.is_file():
+        raise Refused(f"it is not a file, and as a folder has no model.safetensors or {INDEX}")
+    try:
+        parts = json.loads(index.read_text())["weight_map"]
+        names = sorted({Path(part).name for part in parts.values()})  # never outside the folder
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"its {INDEX} is damaged: get it again") from error
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        tensors |= _read(path / name)
+    if missing := parts.keys() - tensors.keys():
+        raise Refused(f"its parts lack {min(missing)!r}, which {INDEX} lists: get them again")
+    return tensors
 
 
 def _finished(array: np.ndarray) -> np.ndarray:
@@ -182,7 +206,7 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
 def _state_dict(value, size: int) -> dict[str, Tensor]:
     """The tensors of the state dict in an unpickled checkpoint of a file of `size` bytes."""
     if isinstance(value, dict):
-        nested = (value[key] for key in ("model", "state_dict") if key in value)
+        nested = (value[key] for key in NESTED if key in value)
         value = next((entry for entry in nested if isinstance(entry, dict)), value)
     entries = value if isinstance(value, dict) else {}
     tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}

@@ -2,42 +2,33 @@
 """Weights in and out: PyTorch's timm names and layouts <-> our parameter tree.
 
 The tree itself is the table: every leaf has one timm name and one layout, in both directions.
-Everything else (DeiT's and EViT's checkpoints, split q, k, v, vision_transformer's and big_vision's
-npz) is first brought to timm's names. All that does not fit is reported at once.
+Everything else is first brought to timm's names: the files of a model's authors
+(names_original.py), of Hugging Face transformers (names_hf.py), vision_transformer and big_vision
+(names_npz.py). All that does not fit is reported at once.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evit_jax.errors import InputError
-from evit_jax.weights.positions import resize_positions
+from evit_jax.weights.names_hf import from_hf, is_hf
+from evit_jax.weights.names_npz import from_npz, is_npz
+from evit_jax.weights.names_original import from_original
+from evit_jax.weights.positions import resize_positions, resize_relative_bias
 
 Tensors = dict[str, np.ndarray]
 
-# Names in the .npz of vision_transformer (LayerNorm_2, MlpBlock_3, ...Attention_1) and big_vision.
-BLOCK = r"Transformer/encoderblock_(\d+)/"
-NPZ_NAMES = (
-    (r"cls", "cls_token"),
-    (r"(?:Transformer/posembed_input/)?pos_embedding", "pos_embed"),
-    (r"embedding/(kernel|bias)", r"patch_embed.proj.\1"),
-    (r"Transformer/encoder_norm/(scale|bias)", r"norm.\1"),
-    (r"head/(kernel|bias)", r"head.\1"),
-    (BLOCK + r"LayerNorm_0/(scale|bias)", r"blocks.\1.norm1.\2"),
-    (BLOCK + r"LayerNorm_[12]/(scale|bias)", r"blocks.\1.norm2.\2"),
-    (BLOCK + r"MlpBlock_[03]/Dense_0/(kernel|bias)", r"blocks.\1.mlp.fc1.\2"),
-    (BLOCK + r"MlpBlock_[03]/Dense_1/(kernel|bias)", r"blocks.\1.mlp.fc2.\2"),
-    (
-        BLOCK + r"MultiHeadDotProductAttention_[01]/(query|key|value)/(kernel|bias)",
-        r"blocks.\1.attn.\2.\3",
-    ),
-    (BLOCK + r"MultiHeadDotProductAttention_[01]/out/(kernel|bias)", r"blocks.\1.attn.proj.\2"),
-)
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 STEM = {"patch_embed": "patch_embed.proj", "patch_embed_norm": "patch_embed.norm"}
-SPLIT = re.compile(r"(.*attn\.)(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.(weight|bias)")
+SPLIT = re.compile(
+    r"(.*attn\.|attn_pool\.)(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.(weight|bias)"
+)
+
+FREQUENCIES = "rope.freqs"  # of learned rotary positions, in timm those of all blocks
 
 
 def timm_name(path: tuple[str, ...]) -> str:
@@ -72,47 +63,101 @@ def leaves(params: Mapping) -> dict[tuple[str, ...], jax.Array]:
 
 
 def with_timm_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Names and layouts of any supported source -> timm's, with q, k, v fused."""
-    renamed = {}
-    for name, array in tensors.items():
-        name = re.sub(r"^(?:module\.|params/)+", "", name)
-        renamed |= (
-            from_npz(name, array)
-            if "/" in name or name in ("cls", "pos_embedding")
-            else {name: array}
-        )
-    split: dict[str, Tensors] = {}
-    for name in [name for name in renamed if SPLIT.fullmatch(name)]:
+    """Names and layouts of any supported source -> timm's, with q, k, v fused.
+
+    Raises:
+      InputError: an array that should be taken apart or joined has too few dimensions.
+    """
+    renamed = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", n): a for n, a in tensors.items()}
+    read = from_npz if is_npz(renamed) else from_hf if is_hf(renamed) else from_original
+    try:
+        return fused(read(renamed))
+    except (ValueError, IndexError) as error:
+        raise InputError(f"its arrays have shapes that no such model has ({error})") from None
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """One product for q, k and v in blocks, one for k and v in map pooling, as timm has them."""
+    whole = {name: array for name, array in tensors.items() if not SPLIT.fullmatch(name)}
+    split: dict[tuple[str, str], Tensors] = {}
+    for name in [name for name in tensors if name not in whole]:
         prefix, part, leaf = SPLIT.fullmatch(name).groups()
-        split.setdefault(f"{prefix}qkv.{leaf}", {})[part[0]] = renamed.pop(name)
-    for name, parts in split.items():
+        split.setdefault((prefix, leaf), {})[part[0]] = tensors[name]
+    for leaf in ("weight", "bias"):
+        if f"attn_pool.qkv.{leaf}" in whole:
+            parts = np.split(whole.pop(f"attn_pool.qkv.{leaf}"), 3)
+            split["attn_pool.", leaf] = dict(zip("qkv", parts, strict=True))
+    for (prefix, leaf), parts in split.items():
+        if prefix == "attn_pool." and "k" in parts and "v" in parts:
+            whole[f"{prefix}kv.{leaf}"] = np.concatenate([parts.pop("k"), parts.pop("v")])
         if set(parts) == {"q", "k", "v"}:
-            renamed[name] = np.concatenate([parts[part] for part in "qkv"])
+            whole[f"{prefix}qkv.{leaf}"] = np.concatenate([parts[part] for part in "qkv"])
+        elif set(parts) == {"q", "v"} and leaf == "bias":  # keys have none
+            whole |= {f"{prefix}{part}_bias": array for part, array in parts.items()}
         else:
-            renamed |= {name.replace("qkv", part): array for part, array in parts.items()}
-    return renamed
+            whole |= {f"{prefix}{part}.{leaf}": array for part, array in parts.items()}
+    return whole
 
 
-def from_npz(name: str, array: np.ndarray) -> Tensors:
-    """One entry of a vision_transformer or big_vision file; unknown names stay."""
-    for pattern, replacement in NPZ_NAMES:
-        match = re.fullmatch(pattern, name)
-        if not match:
+def layer_scale_alias(name: str) -> str:
+    """ls1.gamma is gamma_1 in EVA and BEiT; other names stay."""
+    name, count = re.subn(r"ls([12])\.gamma$", r"gamma_\1", name)
+    return name if count else re.sub(r"gamma_([12])$", r"ls\1.gamma", name)
+
+
+def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
+    """What a file has of the parameters with these names, where it has them in another form.
+
+    Heads and pooling that a model does without are left out, as in timm: with num_classes=0 it has
+    no head.
+    """
+    known = {alias: name for name in names for alias in (name, layer_scale_alias(name))}
+    tensors = {known.get(name, name): array for name, array in tensors.items()}
+    for part in ("head.", "head_dist.", "attn_pool."):
+        if not any(name.startswith(part) for name in names):
+            tensors = {name: a for name, a in tensors.items() if not name.startswith(part)}
+    moves = dict(dist_token="reg_token")  # read by no head of its own, it is a register
+    moves |= {f"norm.{leaf}": f"fc_norm.{leaf}" for leaf in ("weight", "bias")}
+    for old, new in moves.items():
+        if old in tensors.keys() - names and new in names - tensors.keys():
+            tensors[new] = tensors.pop(old)
+    if (
+        FREQUENCIES in tensors and tensors[FREQUENCIES].ndim == 4
+    ):  # (2, depth, H, C / 2): each block has its own here
+        blocks = np.moveaxis(tensors.pop(FREQUENCIES), 1, 0)
+        tensors |= {f"blocks.{i}.attn.freqs": part for i, part in enumerate(blocks)}
+    if SHARED_TABLE in tensors.keys() - names:  # BEiT's pretraining has one table for all blocks
+        table = tensors.pop(SHARED_TABLE)
+        ends = ".attn.relative_position_bias_table"
+        tensors = {name: table for name in names if name.endswith(ends)} | tensors
+    return with_known_biases(tensors, names)
+
+
+def with_known_biases(tensors: Tensors, names: Collection[str]) -> Tensors:
+    """Biases of q, k and v in one or apart (EVA and BEiT have none for keys), as `names` has them.
+
+    A missing bias is one of zeros, and one of zeros may be missing.
+    """
+    tensors = dict(tensors)
+    unknown = [name for name in tensors if name not in names]
+    for stem in [name.removesuffix("qkv.bias") for name in unknown if name.endswith("qkv.bias")]:
+        bias = tensors[f"{stem}qkv.bias"]
+        q, k, v = np.array_split(bias, 3)
+        if f"{stem}q_bias" in names and not k.any():
+            tensors |= {f"{stem}q_bias": q, f"{stem}v_bias": v}
+        elif bias.any():
             continue
-        new = match.expand(replacement)
-        if new == "pos_embed" and name == "pos_embedding":
-            # big_vision adds positions before it prepends the class token, which so has none.
-            return {new: np.pad(array, ((0, 0), (1, 0), (0, 0)))}
-        if new.endswith(".scale"):
-            return {new.replace(".scale", ".weight"): array}
-        if new.endswith(".kernel"):
-            new = new.replace(".kernel", ".weight")
-            if array.ndim == 4:  # (high, wide, 3, D)
-                return {new: array.transpose(3, 2, 0, 1)}
-            inputs = array.shape[0] * (array.shape[1] if ".attn.proj." in new else 1)
-            return {new: array.reshape(inputs, -1).T}  # heads are an axis of their own there
-        return {new: array.reshape(-1) if ".attn." in new else array}
-    return {name: array}
+        del tensors[f"{stem}qkv.bias"]
+    for stem in [name.removesuffix("q_bias") for name in unknown if name.endswith("q_bias")]:
+        if f"{stem}v_bias" not in tensors:
+            continue
+        q, v = tensors[f"{stem}q_bias"], tensors[f"{stem}v_bias"]
+        if f"{stem}qkv.bias" in names:
+            tensors[f"{stem}qkv.bias"] = np.concatenate([q, np.zeros_like(q), v])
+        elif q.any() or v.any():
+            continue
+        del tensors[f"{stem}q_bias"], tensors[f"{stem}v_bias"]
+    return tensors
 
 
 def params_from_tensors(
@@ -132,8 +177,9 @@ def params_from_tensors(
       InputError: entries that are missing, unexpected, of another shape or not floating point,
         all of them in one message.
     """
-    tensors, fresh = with_timm_names(tensors), leaves(like)
+    fresh = leaves(like)
     names = {timm_name(path): path for path in fresh}
+    tensors = adapted(with_timm_names(tensors), names.keys())
     # A file may well have no head, and one of another method has no parameters of this reducer.
     trained = any("reduction" in names[name] for name in tensors if name in names)
     own = {
@@ -153,6 +199,8 @@ def params_from_tensors(
         array = np.asarray(from_torch(path, array), np.float32)
         if path == ("pos_embed",) and positions_fit(array, fresh[path], model):
             array = np.asarray(resize_positions({"pos_embed": array}, model)["pos_embed"])
+        if path[-1] == "relative_position_bias_table":
+            array = resize_relative_bias(array, model.grid)
         if array.shape != fresh[path].shape:
             if path[0].startswith("head") and new_head:
                 array = np.asarray(fresh[path])
@@ -193,7 +241,18 @@ def positions_fit(table: np.ndarray, fresh: jax.Array, model) -> bool:
 
 def tensors_from_params(params: Mapping, model) -> Tensors:
     """Parameters -> timm names and PyTorch's layouts, float32 and contiguous."""
-    return {
+    tensors = {
         timm_name(path): np.ascontiguousarray(to_torch(path, np.asarray(leaf), model))
         for path, leaf in leaves(params).items()
     }
+    blocks = [f"blocks.{i}.attn.freqs" for i in range(model.depth)]
+    if blocks[0] in tensors:
+        tensors[FREQUENCIES] = np.stack([tensors.pop(name) for name in blocks], axis=1)
+    if model.split_qkv:
+        for name in [name for name in tensors if name.endswith("attn.qkv.weight")]:
+            start = name.removesuffix("qkv.weight")
+            for part, array in zip("qkv", np.split(tensors.pop(name), 3), strict=True):
+                tensors[f"{start}{part}_proj.weight"] = array
+                if part != "k" and f"{start}{part}_bias" in tensors:
+                    tensors[f"{start}{part}_proj.bias"] = tensors.pop(f"{start}{part}_bias")
+    return tensors

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position embeddings for another image size."""
+"""Position embeddings and relative bias for another image size."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from evit_jax.errors import InputError
 
@@ -13,6 +14,7 @@ METHODS = {  # how -> method and whether it is antialiased
     "bicubic": (RESIZE.CUBIC_PYTORCH, False),  # a = -0.75
     "bicubic_antialias": (RESIZE.CUBIC, True),  # a = -0.5
     "bilinear": (RESIZE.LINEAR, False),
+    "bilinear_antialias": (RESIZE.LINEAR, True),
 }
 
 
@@ -24,6 +26,7 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
       "bicubic"            without antialiasing, with PyTorch's own kernel (DeiT, EViT)
       "bicubic_antialias"  with antialiasing and the usual kernel, even where nothing shrinks (timm)
       "bilinear"           without antialiasing (FlexiViT, RADIO)
+      "bilinear_antialias" with it (SigLIP 2 in NaFlex)
     Everything else is shared with `params`.
 
     Args:
@@ -52,3 +55,41 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
         patches.reshape(1, *grid, width), (1, *model.grid, width), method, antialias=antialias
     ).reshape(1, model.patches, width)
     return params | {"pos_embed": jnp.concatenate([prefix, resized], axis=1)}
+
+
+def resize_relative_bias(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """A table of `models.relative` for another image size, as BEiT and timm resize it.
+
+    Differences of near positions keep their entries; those between are interpolated linearly where
+    the distances of a larger grid are spread over those of the smaller one in geometric
+    progression. What concerns the class token stays.
+
+    Args:
+      table: ((2 h - 1) (2 w - 1) + 3, H) of a square grid, or of `grid`.
+      grid: rows and columns of patches wanted.
+
+    Returns:
+      The table for `grid`, or the one given where it is for no square.
+    """
+    wanted = tuple(2 * side - 1 for side in grid)
+    count = len(table) - 3
+    side = math.isqrt(max(count, 0))
+    if side * side != count or side % 2 == 0 or wanted == (side, side):
+        return table
+    rows, columns = (interpolation(side, size) for size in wanted)
+    image = table[:-3].reshape(side, side, -1)
+    resized = np.einsum("yr,xc,rch->yxh", rows, columns, image, optimize=True)
+    return np.concatenate([resized.reshape(math.prod(wanted), -1), table[-3:]]).astype(np.float32)
+
+
+def interpolation(size: int, wanted: int) -> np.ndarray:
+    """Weights of `size` entries, 0 in the middle, in each of `wanted`: (wanted, size) float64."""
+    steps, reach = np.arange(size // 2), wanted // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        low, high = (low, ratio) if np.sum(ratio**steps) > reach else (ratio, high)
+    distances = np.cumsum(ratio**steps)
+    at = np.concatenate([-distances[::-1], [0], distances])
+    targets = np.arange(wanted) - reach
+    return np.stack([np.interp(targets, at, entry) for entry in np.eye(size)], axis=1)

@@ -31,7 +31,8 @@ SWITCHES = dict(
     final_norm="final_norm", fc_norm="fc_norm", use_fc_norm="fc_norm",
     use_post_transformer_norm="final_norm", global_pool="pool", init_values="layer_scale",
     qk_norm="qk_norm", qkv_bias="qkv_bias", proj_bias="proj_bias", use_post_norm="post_norm",
-    attn_pool_num_heads="pool_heads", use_abs_pos_emb="absolute_positions",
+    attn_pool_num_heads="pool_heads", attn_pool_mlp_ratio="pool_mlp_ratio",
+    pool_include_prefix="pool_prefix", use_abs_pos_emb="absolute_positions",
     rope_temperature="rope_temperature", rope_grid_indexing="rope_grid",
     rope_grid_offset="rope_offset", ref_feat_shape="rope_reference",
 )  # fmt: skip
@@ -39,8 +40,9 @@ DEFAULTS = dict(
     width=768, depth=12, num_heads=12, patch_size=16, class_token=True, distilled=False,
     registers=0, no_embed_class=False, pre_norm=False, embed_norm=False, layer_scale=None,
     post_norm=False, qk_norm=False, inner_norm=False, norm="layer", norm_eps=1e-6, qkv_bias=True,
-    proj_bias=True, activation="gelu", mlp="plain", mlp_ratio=4.0, pool="token", pool_heads=None,
-    fc_norm=None, final_norm=True, absolute_positions=True, rope="none",
+    split_qkv=False, proj_bias=True, activation="gelu", mlp="plain", mlp_ratio=4.0, pool="token",
+    pool_heads=None, pool_mlp_ratio=None, pool_prefix=False, fc_norm=None, final_norm=True,
+    absolute_positions=True, rope="none",
 )  # fmt: skip
 SHOWN = ("width", "depth", "num_heads", "patch_size")  # even where they are the default
 BLOCKS = {
@@ -51,10 +53,10 @@ BLOCKS = {
 IGNORED = {  # of training and of timm's own resizing; the next line's are read elsewhere
     "img_size", "in_chans", "num_classes", "dynamic_img_size", "rope_rescale_coords",
     "weight_init", "fix_init", "norm_layer", "act_layer", "mlp_layer", "mlp_ratio",
-    "embed_norm_layer", "block_fn", "attn_layer", "pool_include_prefix", "scale_attn_norm",
-    "scale_mlp_norm", "swiglu_mlp", "swiglu_align_to", "scale_mlp", "scale_attn_inner",
-    "attn_type", "qkv_fused", "num_kv_heads", "attn_only_layer_scale", "attn_pool_mlp_ratio",
-    "use_rot_pos_emb", "rope_type", "rope_rotate_half", "use_rel_pos_bias",
+    "embed_norm_layer", "block_fn", "attn_layer", "scale_attn_norm", "scale_mlp_norm",
+    "swiglu_mlp", "swiglu_align_to", "scale_mlp", "scale_attn_inner", "attn_type", "qkv_fused",
+    "num_kv_heads", "attn_only_layer_scale", "use_rot_pos_emb", "rope_type", "rope_rotate_half",
+    "use_rel_pos_bias",
 }  # fmt: skip
 
 
@@ -141,8 +143,12 @@ def settings_of(kind: str, given: dict) -> dict:
         settings.setdefault("pool", "avg")
         if settings.get("qkv_bias", True) and given.get("attn_type", "eva") == "eva":
             settings["qkv_bias"] = "qv"
+    if not given.get("qkv_fused", True):
+        settings["split_qkv"] = True
     if kind == "eva" and given.get("scale_mlp") and not given.get("scale_attn_inner"):
         settings["mlp_norm"] = True
+    if kind == "eva" and given.get("global_pool") == "map":
+        settings["pool_prefix"] = True
     if given.get("use_rot_pos_emb"):
         settings["rope"] = given.get("rope_type", "cat")
     if "rope_reference" in settings:
@@ -160,8 +166,6 @@ def missing_of(given: dict) -> str | None:
     lacking = [BLOCKS[block]] if block in BLOCKS else []
     if given.get("attn_layer") == "diff":
         lacking.append("differential attention")
-    if given.get("pool_include_prefix"):
-        lacking.append("pooling of prefix tokens")
     if any(heads != given["num_heads"] for heads in given.get("num_kv_heads") or ()):
         lacking.append("queries in groups that share keys and values")
     if given.get("attn_only_layer_scale"):

@@ -18,6 +18,8 @@ The contract
   * Exactly K + `extra` patch tokens come back. `keep` is never n: the plan says None instead.
   * `owner` says for every original patch which patch token now holds it, or -1.
   * Total `size` never grows; a method that merges conserves it.
+  * `positions`, where there are any, stay with their tokens: a kept token's to the last bit, of
+    merged tokens a mean of coordinates, from which angles and biases are computed again.
   * Each image is treated alone, and gradients are finite.
 
 A reducer is a frozen dataclass, or a Linen module where it has parameters: both are hashable, so

@@ -8,7 +8,7 @@ taken for each other. Its state goes into a file and through our loader, by name
 the pooled features (num_classes=0) and all patch tokens after the last norm are compared in
 float32, at the size of the name and at another size and aspect, for which timm resizes as it loads.
 
-It is the arithmetic that is compared, so models have two blocks, and those that are wider than 512
+It is the arithmetic that is compared, so models have two blocks, and those that are wider than 384
 have fewer heads of the same width, with the same ratio of the MLP. A name agrees where no value is
 off by more than 2e-5 of the largest.
 
@@ -35,7 +35,7 @@ from evit_jax.models import create_model
 
 TOLERANCE = 2e-5  # of the largest value
 FILES = ("vision_transformer", "deit", "eva", "beit")
-DEPTH, WIDEST, CLASSES, IMAGES = 2, 512, 7, 2
+DEPTH, WIDEST, CLASSES, IMAGES = 2, 384, 7, 2
 MEASURES = ("logits", "pooled", "patches")
 
 

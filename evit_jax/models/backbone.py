@@ -82,6 +82,7 @@ class Backbone(nn.Module):
     norm: str = "layer"  # or "rms"
     norm_eps: float = 1e-6
     qkv_bias: bool | str = True  # "qv": of queries and values alone (BEiT, EVA)
+    split_qkv: bool = False  # timm's files have layers of their own for q, k and v
     proj_bias: bool = True  # of the projection and the MLP
     activation: str = "gelu"  # or "gelu_tanh", "quick_gelu", "silu"
     mlp: str = "plain"  # or "swiglu", "swiglu_packed", see `layers.Mlp`

@@ -36,10 +36,10 @@ def relative_bias(
     rows, columns = grid
     high, wide = 2 * rows - 1, 2 * columns - 1
     apart = positions[:, :, None] - positions[:, None]  # (B, N, N, 2)
-    at = apart + jnp.asarray([rows - 1, columns - 1], jnp.float32)
-    top = jnp.clip(jnp.floor(at[..., 0]).astype(jnp.int32), 0, high - 1)
-    left = jnp.clip(jnp.floor(at[..., 1]).astype(jnp.int32), 0, wide - 1)
-    down, right = (at[..., 0] - top)[None], (at[..., 1] - left)[None]
+    row, column = apart[..., 0] + (rows - 1), apart[..., 1] + (columns - 1)
+    top = jnp.clip(jnp.floor(row).astype(jnp.int32), 0, high - 1)
+    left = jnp.clip(jnp.floor(column).astype(jnp.int32), 0, wide - 1)
+    down, right = (row - top)[None], (column - left)[None]
     image = table[:-3].T  # (H, high * wide)
 
     def value(row, column):  # (H, B, N, N)

@@ -104,12 +104,12 @@ class Rotary:
 
     def coordinates(self, positions: jax.Array) -> jax.Array:
         """Positions (B, N, 2) in the units and the order of the angles."""
-        sizes = np.asarray(self.grid, np.float32)
+        sizes = jnp.asarray(self.grid, F32)[None, None]
         at = positions + self.offset
         if self.kind == "dinov3":
             at = 2 * ((at + 0.5) / sizes) - 1
         elif self.reference is not None:
-            at = at / sizes * np.asarray(self.reference, np.float32)
+            at = at / sizes * jnp.asarray(self.reference, F32)[None, None]
         return at[..., ::-1] if self.columns_first else at
 
     def bands(self, count: int) -> np.ndarray:

@@ -128,7 +128,8 @@ def merge(
 ) -> Tokens:
     """Patch tokens become `count` weighted means; a token alone in its place is itself, exactly.
 
-    Sizes are summed, positions and weights of keys are means weighted by size.
+    Sizes are summed, weights of keys are means weighted by size. A position is the mean with the
+    shares of the tokens' mean: a token is where what it is made of is.
 
     Args:
       place: (B, n) int32 in [0, count), each of which has a token; -1 drops a token.
@@ -174,7 +175,9 @@ def merge(
     elif weight is not None:
         weight = mean(weight)
     if positions is not None:
-        positions = jnp.stack([mean(positions[..., 0]), mean(positions[..., 1])], axis=-1)
+        part = jax.lax.stop_gradient(share)[..., None] * positions[:, prefix:]
+        middle = [total(part[..., axis], place, count) for axis in (0, 1)]
+        positions = joined(positions, jnp.stack(middle, axis=-1) / jax.lax.stop_gradient(sums))
     return tokens.replace(
         x=joined(tokens.x, x.astype(tokens.x.dtype)),
         size=joined(tokens.size, sizes),

@@ -6,8 +6,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from evit_jax.errors import check_name
 from evit_jax.plan.counts import Entry
-from evit_jax.tokens import Reducer, Signals, Tokens, destinations, drop, follow
+from evit_jax.tokens import F32, Reducer, Signals, Tokens, destinations, drop, follow
+
+TINY = jnp.finfo(F32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +20,16 @@ class EViT(Reducer):
     Ties go to the lower index. With `fuse` the others become one token appended last, the sum of
     a_i x_i over them with a_i the class attention. As in the reference code (evit.py:245-250) it is
     not divided by the sum of a_i.
+
+    Where positions are not in the tokens (rotary positions, relative bias), the fused token is at
+    the mean of theirs weighted by a_i, or where the most attended of them is.
     """
 
     fuse: bool = True  # False drops them
+    fused_at: str = "mean"  # or "strongest"
+
+    def __post_init__(self):
+        check_name("evit's fused_at", self.fused_at, ("mean", "strongest"))
 
     @property
     def extra(self) -> int:
@@ -36,9 +46,8 @@ class EViT(Reducer):
         reduced = drop(tokens, kept, fused=lost)
         size = jnp.sum((place == keep) * tokens.size[:, tokens.prefix :], axis=1)  # (B,)
         positions = reduced.positions
-        if positions is not None:  # where the fused token is: the mean, by the same attention
-            share = lost / jnp.sum(lost, axis=1, keepdims=True)
-            middle = jnp.einsum("bn,bnc->bc", share, tokens.positions[:, tokens.prefix :])
+        if positions is not None:
+            middle = self.middle(jax.lax.stop_gradient(lost), tokens.positions[:, tokens.prefix :])
             positions = jnp.concatenate([positions, middle[:, None]], axis=1)
         return reduced.replace(
             size=jnp.concatenate([reduced.size, size[:, None]], axis=1),
@@ -48,6 +57,18 @@ class EViT(Reducer):
             if reduced.weight is None
             else jnp.pad(reduced.weight, ((0, 0), (0, 1)), constant_values=1.0),
         )
+
+    def middle(self, attention: jax.Array, positions: jax.Array) -> jax.Array:
+        """Where the fused token is, by attention (B, n) to and positions (B, n, 2) of its parts.
+
+        Returns:
+          (B, 2) float32.
+        """
+        if self.fused_at == "strongest":
+            index = jnp.argmax(attention, axis=1)[:, None, None]
+            return jnp.take_along_axis(positions, index, axis=1)[:, 0]
+        share = attention / jnp.maximum(jnp.sum(attention, axis=1, keepdims=True), TINY)
+        return jnp.sum(share[..., None] * positions, axis=1)
 
 
 REDUCER = EViT

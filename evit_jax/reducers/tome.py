@@ -88,10 +88,12 @@ class ToMe(Reducer):
         if weight is not None:
             weight = jnp.take_along_axis(weight, survivors, axis=1)
         positions = tokens.positions
-        if positions is not None:  # of a merged token: the mean of its patches'
-            summed = gather(positions * size, survivors)
-            summed = summed.at[rows, target_places].add(gather(positions * size, sources))
-            positions = summed / sizes
+        if positions is not None:  # of a merged token: the mean of its patches', by shifts, so that
+            # one that nothing merges into stays exactly where it is
+            shift = gather(positions, sources) - gather(positions, targets)
+            shifts = jnp.zeros_like(sizes * positions[:, :1])
+            shifts = shifts.at[rows, target_places].add(shift * gather(size, sources))
+            positions = gather(positions, survivors) + shifts / jnp.maximum(sizes, 1)
         return tokens.replace(
             x=(weighted / sizes).astype(tokens.x.dtype),
             size=sizes[..., 0],

@@ -247,4 +247,11 @@ def tensors_from_params(params: Mapping, model) -> Tensors:
     blocks = [f"blocks.{i}.attn.freqs" for i in range(model.depth)]
     if blocks[0] in tensors:
         tensors[FREQUENCIES] = np.stack([tensors.pop(name) for name in blocks], axis=1)
+    if model.split_qkv:
+        for name in [name for name in tensors if name.endswith("attn.qkv.weight")]:
+            start = name.removesuffix("qkv.weight")
+            for part, array in zip("qkv", np.split(tensors.pop(name), 3), strict=True):
+                tensors[f"{start}{part}_proj.weight"] = array
+                if part != "k" and f"{start}{part}_bias" in tensors:
+                    tensors[f"{start}{part}_proj.bias"] = tensors.pop(f"{start}{part}_bias")
     return tensors

@@ -40,8 +40,8 @@ DEFAULTS = dict(
     width=768, depth=12, num_heads=12, patch_size=16, class_token=True, distilled=False,
     registers=0, no_embed_class=False, pre_norm=False, embed_norm=False, layer_scale=None,
     post_norm=False, qk_norm=False, inner_norm=False, norm="layer", norm_eps=1e-6, qkv_bias=True,
-    proj_bias=True, activation="gelu", mlp="plain", mlp_ratio=4.0, pool="token", pool_heads=None,
-    pool_mlp_ratio=None, pool_prefix=False, fc_norm=None, final_norm=True,
+    split_qkv=False, proj_bias=True, activation="gelu", mlp="plain", mlp_ratio=4.0, pool="token",
+    pool_heads=None, pool_mlp_ratio=None, pool_prefix=False, fc_norm=None, final_norm=True,
     absolute_positions=True, rope="none",
 )  # fmt: skip
 SHOWN = ("width", "depth", "num_heads", "patch_size")  # even where they are the default
@@ -143,6 +143,8 @@ def settings_of(kind: str, given: dict) -> dict:
         settings.setdefault("pool", "avg")
         if settings.get("qkv_bias", True) and given.get("attn_type", "eva") == "eva":
             settings["qkv_bias"] = "qv"
+    if not given.get("qkv_fused", True):
+        settings["split_qkv"] = True
     if kind == "eva" and given.get("scale_mlp") and not given.get("scale_attn_inner"):
         settings["mlp_norm"] = True
     if kind == "eva" and given.get("global_pool") == "map":

@@ -121,9 +121,8 @@ def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
     for old, new in moves.items():
         if old in tensors.keys() - names and new in names - tensors.keys():
             tensors[new] = tensors.pop(old)
-    if (
-        FREQUENCIES in tensors and tensors[FREQUENCIES].ndim == 4
-    ):  # (2, depth, H, C / 2): each block has its own here
+    if FREQUENCIES in tensors and tensors[FREQUENCIES].ndim == 4:
+        # (2, depth, H, C / 2); here each block has its own
         blocks = np.moveaxis(tensors.pop(FREQUENCIES), 1, 0)
         tensors |= {f"blocks.{i}.attn.freqs": part for i, part in enumerate(blocks)}
     if SHARED_TABLE in tensors.keys() - names:  # BEiT's pretraining has one table for all blocks

@@ -67,10 +67,13 @@ def is_hf(tensors: Mapping[str, np.ndarray]) -> bool:
 def from_hf(tensors: Mapping[str, np.ndarray]) -> Tensors:
     """A file's entries by timm's names, q, k and v apart; unknown names stay."""
     renamed: Tensors = {}
+    gated = any(".mlp.gate_proj." in name for name in tensors)
     for name, array in tensors.items():
         name = ROOT.sub("", name, count=1)
         if UNUSED.fullmatch(name):
             continue
+        if not gated:  # DINOv3's plain MLP
+            name = name.replace(".mlp.up_proj.", ".mlp.fc1.")
         if name == "visual_projection.weight":
             renamed |= projection(array)
             continue

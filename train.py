@@ -42,7 +42,7 @@ from evit_jax.training.run import (
     use_plan_file,
 )
 from evit_jax.training.teachers import open_teacher
-from evit_jax.training.workdir import open_workdir
+from evit_jax.training.workdir import open_workdir, pin_weights
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and events")
@@ -62,6 +62,7 @@ def main() -> None:
     config = CONFIG.value
     check_ranges(flatten(config.to_dict()))
     use_plan_file(config)
+    pin_weights(config, WORKDIR.value)
     if CHIPS.value and not config.dry_run:
         raise InputError("--chips is for dry runs; add --config.dry_run=True, or leave it out")
     processes.start_processes(PROCESSES.value)

@@ -9,6 +9,7 @@ there are some, are compared in float32, at the size of the config and at anothe
 for which both resize the positions. A value agrees where it is off by at most 2e-5 of the largest.
 
   NAMES   of the cases below, * for any characters; default all
+  --keep  a folder to keep what was saved in, beside what is expected, as the suite reads it
 
 Prints a row for each case, then one line of JSON: how many were compared and agree, and the others.
 """
@@ -16,6 +17,7 @@ Prints a row for each case, then one line of JSON: how many were compared and ag
 import argparse
 import fnmatch
 import json
+import shutil
 import tempfile
 import zlib
 from pathlib import Path
@@ -23,13 +25,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from evit_jax.models import create_model
 from tests.compare_timm import TOLERANCE, draw
 
-SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
-MLP, PIXELS = dict(intermediate_size=88), dict(image_size=48)
-OTHER = (32, 56)
+SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, patch_size=4)
+MLP, PIXELS = dict(intermediate_size=40), dict(image_size=24)
+NATIVE, OTHER = (24, 24), (16, 28)
 LABELS = dict(id2label={str(i): f"class {i}" for i in range(5)})
 PLAIN = SIZES | MLP | PIXELS
 SIGLIP2 = SIZES | MLP | dict(num_patches=36)
@@ -118,6 +121,11 @@ def siglip2_inputs(images: np.ndarray, patch: int) -> dict:
     return dict(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
 
 
+def draw_images(size: tuple[int, int]) -> np.ndarray:
+    """Two images (2, height, width, 3), always the same."""
+    return np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
+
+
 def ours(folder: str, images: np.ndarray) -> dict[str, np.ndarray]:
     """What is compared, of the model that the folder describes."""
     model, params = create_model(folder, image_size=images.shape[1:3])
@@ -136,16 +144,17 @@ def ours(folder: str, images: np.ndarray) -> dict[str, np.ndarray]:
 def compare(case: str, folder: str, *, shards: bool) -> dict[str, float]:
     """The largest differences relative to the largest value, by size and what is compared."""
     model = build(case)
-    model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
-    differences = {}
-    side = CASES[case][2].get("image_size", 48)
-    for label, pixels in (("native", (side, side)), ("other", OTHER)):
-        images = np.random.default_rng(1).normal(size=(2, *pixels, 3)).astype(np.float32)
+    model.save_pretrained(folder, max_shard_size="16KB" if shards else "1GB")
+    differences, kept = {}, {}
+    for label, pixels in (("native", NATIVE), ("other", OTHER)):
+        images = draw_images(pixels)
         expected, got = theirs(model, images), ours(folder, images)
         for name, values in expected.items():
             assert values.shape == got[name].shape, (name, values.shape, got[name].shape)
             worst = np.abs(values - got[name]).max() / np.abs(values).max()
             differences[f"{label} {name}"] = float(worst)
+            kept[f"{label}.{name}"] = values
+    save_file(kept, Path(folder, "expected.safetensors"))
     jax.clear_caches()
     return differences
 
@@ -153,13 +162,16 @@ def compare(case: str, folder: str, *, shards: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", default=["*"], metavar="NAMES")
-    patterns = parser.parse_args().names
-    cases = [case for case in CASES if any(fnmatch.fnmatch(case, by) for by in patterns)]
+    parser.add_argument("--keep", metavar="FOLDER")
+    options = parser.parse_args()
+    cases = [case for case in CASES if any(fnmatch.fnmatch(case, by) for by in options.names)]
     failed = {}
     for number, case in enumerate(cases):
         with tempfile.TemporaryDirectory() as folder:
             found = compare(case, folder, shards=number % 2 == 0)
-            parts = len(list(Path(folder).glob("*.safetensors")))
+            parts = len(list(Path(folder).glob("model*.safetensors")))
+            if options.keep:
+                shutil.copytree(folder, Path(options.keep, case), dirs_exist_ok=True)
         worst = max(found, key=found.get)
         if not found[worst] <= TOLERANCE:
             failed[case] = found

@@ -23,14 +23,14 @@ from evit_jax.weights.names import tensors_from_params, with_timm_names
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("source", help="weights, or the folder of a training run")
+    parser.add_argument("source", help="weights, or the folder of a model or of a training run")
     parser.add_argument("out", type=Path, help="the safetensors file to write")
     flags = parser.parse_args()
     if flags.out.suffix != ".safetensors":
         raise InputError(f"{flags.out} should end in .safetensors, the format that is written")
     source = as_path(flags.source)
     with explained(source):
-        is_run = source.is_dir()
+        is_run = source.is_dir() and not any(source.glob("*.safetensors"))
     if is_run:
         run = load_run(flags.source)
         tensors = tensors_from_params(run.params, run.model)

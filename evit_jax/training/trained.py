@@ -14,6 +14,7 @@ from evit_jax.cli import MODEL_FLAGS
 from evit_jax.data import open_source
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params, load_params
+from evit_jax.models.folder import is_folder
 from evit_jax.plan.counts import PLAN_FIELDS
 from evit_jax.plan.files import read_plan
 from evit_jax.reducers import written
@@ -223,6 +224,8 @@ def open_spec(flags: argparse.Namespace, *, several: bool = False) -> ModelSpec:
                 raise InputError(f"--workdir says which model it is; leave out --{name}")
         spec = spec_of_run(given["workdir"])
     elif "model" in given:
+        if hasattr(flags, "weights") and is_folder(given["model"]):
+            given.setdefault("weights", given["model"])
         if hasattr(flags, "weights") and "weights" not in given:
             raise InputError("--weights=FILE is needed: random weights would show nothing")
         spec = spec_of_name(given["model"], given.get("weights"))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from evit_jax.errors import InputError
 from evit_jax.spec import flatten
-from evit_jax.storage import explained, write_whole
+from evit_jax.storage import as_path, explained, write_whole
+from evit_jax.weights import hub
 
 # What may differ when a run is resumed: it changes where things are and how fast, and how often
 # something is shown; of the result only rounding.
@@ -68,6 +69,34 @@ def open_workdir(
                 f"{workdir} belongs to a run with another configuration: {'; '.join(differences)}; "
                 "use another --workdir, or the same settings to resume"
             )
+
+
+def pin_weights(config, workdir: str | None) -> None:
+    """Gives weights of the hub that are named without a commit the one that they have.
+
+    So the run's own record says which they were. A run that is resumed keeps those it began with,
+    whatever their names mean by now, and asks nobody.
+
+    Raises:
+      InputError: the hub cannot be reached, see `weights.hub.download`.
+    """
+    for holder, begun in ((config, ()), (config.distill, ("distill",))):
+        if not holder.weights.startswith("hf:"):
+            continue
+        before = recorded(workdir, *begun, "weights")
+        kept = hub.pins(holder.weights, before)
+        holder.weights = before if kept else hub.pinned(holder.weights)
+
+
+def recorded(workdir: str | None, *keys: str) -> str:
+    """A field of the run's config.json; "" where there is none."""
+    try:
+        field = json.loads((as_path(workdir or "") / "config.json").read_text())
+        for key in keys:
+            field = field[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return str(field)
 
 
 def broken(

@@ -11,9 +11,10 @@ No labels are needed: the reduced model is compared with the dense one, by the K
 their predictions, or by the cosine of the pooled features where there is no head (num_classes=0,
 --distortion=cosine). --reducer is ward unless another is named, without a class token ward:by=mean.
 --count images are drawn from all that are in the folder and below; do not report figures on them.
-A method that can learns from them first (ward: how much each token matters). Then plans within the budget are measured: the
-method's own, one keep rate, ramps from each block of the first half; and the best one's shares of
-the reduction move between blocks as long as that helps by more than a standard error.
+A method that can learns from them first (ward: how much each token matters). Then plans within the
+budget are measured: the method's own, one keep rate, ramps from each block of the first half; and
+the best one's shares of the reduction move between blocks as long as that helps by more than a
+standard error.
 
 --latency_ms first finds what number of multiply-accumulates takes so long on this device, by one
 keep rate for all layers, and times the plan that was found in turns with that one.

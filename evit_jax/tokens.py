@@ -118,9 +118,12 @@ class Signals:
     plain_k      q and k before positions were applied to them; None where none are.
     bias         (B or 1, H, N, N) float32, what positions add to the logits; None: nothing. `row`
                  has it.
+    probe        (B, H, D) float32, map pooling's query as it asks tokens that are standardized as
+                 by the last norm; None: the model has no map pooling.
     rng          (B,) random keys in training, one per image (None otherwise), for sampling.
     blocks       at the site "output": the signals of every block, else ().
     class_token  static: whether the first token is a class token.
+    last_norm    static: kind and epsilon of the last norm, None where there is none.
     grid         static: rows and columns of the original patches.
     prefix, layer, depth, train   static: tokens never reduced, this block's number, the number of
                  blocks, and whether the model is training.
@@ -136,9 +139,11 @@ class Signals:
     plain_q: jax.Array | None = None
     plain_k: jax.Array | None = None
     bias: jax.Array | None = None
+    probe: jax.Array | None = None
     rng: jax.Array | None = None
     blocks: tuple["Signals", ...] = ()
     class_token: bool = struct.field(pytree_node=False, default=True)
+    last_norm: tuple[str, float] | None = struct.field(pytree_node=False, default=("layer", 1e-6))
     grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
     prefix: int = struct.field(pytree_node=False, default=1)
     layer: int = struct.field(pytree_node=False, default=0)
@@ -191,6 +196,40 @@ class Signals:
         """
         return jnp.mean(self.attention(), axis=(1, 2))
 
+    def mean_attention(self) -> jax.Array:
+        """(B, N) float32: what the mean of the patches' queries attends to, mean over heads.
+
+        It needs no class token and no map: one row for each head. The softmax of a mean of logits
+        leans less on a few queries than `received_attention`, which is a mean of softmaxes. Each
+        row sums to 1. A query counts by its token's weight.
+        """
+        self.need_attention()
+        q, weight = self.q[:, :, self.prefix :].astype(F32), self.weight
+        share = jnp.ones(q.shape[::2], F32) if weight is None else weight[:, self.prefix :]
+        share = (share / jnp.sum(share, axis=1, keepdims=True))[:, None, :, None]
+        q = jnp.sum(q * share, axis=2)  # (B, H, C)
+        row = jnp.einsum("bhc,bhkc->bhk", q, self.k.astype(F32))
+        if self.bias is not None:
+            row += jnp.sum(self.bias[:, :, self.prefix :] * share, axis=2)
+        return mean_softmax(row, weight)
+
+    def probe_attention(self) -> jax.Array:
+        """(B, N) float32: what map pooling would attend to if it came now, mean over heads.
+
+        The pooling probe asks the tokens after this block's attention as it will ask those after
+        the last block, behind the last norm; prefix tokens get nothing. One row for each head.
+
+        Raises:
+          InputError: the model has no map pooling.
+        """
+        self.need_attention()
+        if self.probe is None:
+            raise InputError("by=probe asks the probe of map pooling, and the model has none")
+        x = standardized(self.after[:, self.prefix :].astype(F32), self.last_norm)
+        row = jnp.einsum("bhd,bnd->bhn", self.probe, x)
+        weight = None if self.weight is None else self.weight[:, self.prefix :]
+        return jnp.pad(mean_softmax(row, weight), ((0, 0), (self.prefix, 0)))
+
     def keys(self) -> jax.Array:
         """(B, N, C) compute dtype: keys before positions are applied, mean over heads (ToMe)."""
         self.need_attention()
@@ -200,6 +239,11 @@ class Signals:
         """(B, H, N) float32: L2 norm of each token's values, per head."""
         self.need_attention()
         return jnp.linalg.norm(self.v.astype(F32), axis=-1)
+
+    def key_norms(self) -> jax.Array:
+        """(B, H, N) float32: L2 norm of each token's keys, per head, whether rotated or not."""
+        self.need_attention()
+        return jnp.linalg.norm(self.k.astype(F32), axis=-1)
 
     def shift(self) -> jax.Array:
         """(B, N) float32: how far attention moved each token, ||after - before||.
@@ -231,6 +275,11 @@ class Reducer:
     site = "between"
     # Whether a budget is met by a ramp (plan/ramp.py), not by one keep rate for all layers.
     ramped = False
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether it asks for what the class token attends to, which a model may not have."""
+        return False
 
     @property
     def extra(self) -> int:
@@ -311,6 +360,25 @@ def softmax_weights(logits: jax.Array, weight: jax.Array | None) -> tuple[jax.Ar
     else:  # a key that nobody may see could lie far above the largest visible one and overflow
         unscaled = jnp.exp(jnp.where(shifted > 0, 0.0, shifted)) * weight
     return unscaled, jnp.sum(unscaled, axis=-1, keepdims=True)
+
+
+def mean_softmax(row: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Logits (B, H, N) float32 of one query per head -> (B, N): softmax, mean over heads.
+
+    Args:
+      weight: (B, N) of the keys, or None.
+    """
+    unscaled, total = softmax_weights(row, None if weight is None else weight[:, None])
+    return jnp.mean(unscaled / total, axis=1)
+
+
+def standardized(x: jax.Array, norm: tuple[str, float] | None) -> jax.Array:
+    """x (B, N, D) float32 as a norm of this kind and epsilon leaves it, before scale and bias."""
+    if norm is None:
+        return x
+    kind, epsilon = norm
+    x = x - jnp.mean(x, axis=-1, keepdims=True) if kind == "layer" else x
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
 def follow(owner: jax.Array, destination: jax.Array) -> jax.Array:

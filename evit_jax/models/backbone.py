@@ -22,6 +22,7 @@ from evit_jax.plan.counts import (
     token_plan,
 )
 from evit_jax.plan.ramp import first_block, ramp, ramp_within
+from evit_jax.reducers import without_class_token
 from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
 
@@ -180,6 +181,7 @@ class Backbone(nn.Module):
                 f"keep needs one entry per block, {self.depth}, got {len(self.keep)}; "
                 "model.plan(...) makes it"
             )
+        self.check_class_token(self.keep)
         return tuple(self.keep) or (None,) * self.depth
 
     def plan(
@@ -248,6 +250,7 @@ class Backbone(nn.Module):
                 f"{self.reducer} works after the last block, {self.depth - 1}, which is the only "
                 f"one that can be in its layers, got {early[0]}"
             )
+        self.check_class_token(keep)
         return keep
 
     def ramp(
@@ -347,6 +350,14 @@ class Backbone(nn.Module):
             raise InputError(
                 f"{self.reducer} works at the site {self.reducer.site!r}; there are "
                 f"{', '.join(SITES)}"
+            )
+
+    def check_class_token(self, keep: Keep) -> None:
+        """Raises InputError for a plan whose reducer asks for a class token that is not there."""
+        if self.reducer.reads_class_token and not self.class_token and any(keep):
+            raise InputError(
+                f"{self.reducer} asks what the class token attends to, and the model has no class "
+                f"token; {without_class_token()}"
             )
 
     def check_images(self, images: jax.Array) -> None:

@@ -57,7 +57,7 @@ ACTIVATIONS = {
 }
 
 
-def norm(name: str, kind: str = "layer", eps: float = 1e-6) -> nn.Module:
+def norm(name: str | None, kind: str = "layer", eps: float = 1e-6) -> nn.Module:
     """The norm module of a kind, "layer" or "rms", computed and returned in float32."""
     module = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
     return module(epsilon=eps, dtype=jnp.float32, name=name)

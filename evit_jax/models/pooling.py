@@ -26,14 +26,21 @@ class MapPool(nn.Module):
     are timm's: latent, q, kv, proj, norm, mlp.
     """
 
+    width: int
     num_heads: int
     hidden: int  # width of the MLP
     activation: str = "gelu"
-    norm: str = "layer"
+    norm_kind: str = "layer"
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.latent = self.param("latent", weight_init, (1, 1, self.width))
+        self.q, self.proj = Affine(self.width), Affine(self.width)
+        self.kv = Affine(2 * self.width)
+        self.norm = norm(None, self.norm_kind, self.norm_eps)
+        self.mlp = Mlp(self.hidden, dtype=self.dtype, activation=self.activation)
+
     def __call__(self, x: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pools.
 
@@ -46,20 +53,28 @@ class MapPool(nn.Module):
           heads, which sums to 1.
         """
         batch, count, width = x.shape
-        heads = self.num_heads, width // self.num_heads
-        latent = self.param("latent", weight_init, (1, 1, width)).astype(self.dtype)
-
-        def layer(name, features):
-            kernel, bias = Affine(features, name=name)(width)
-            return kernel.astype(self.dtype), bias.astype(self.dtype)
-
-        q = dense(latent, *layer("q", width)).reshape(heads) * heads[1] ** -0.5
-        kv = dense(x.astype(self.dtype), *layer("kv", 2 * width)).reshape(batch, count, 2, *heads)
-        logits = jnp.einsum("hc,bnhc->bhn", q, kv[:, :, 0], preferred_element_type=F32)
+        kv = dense(x.astype(self.dtype), *self.layer(self.kv))
+        kv = kv.reshape(batch, count, 2, self.num_heads, -1)
+        logits = jnp.einsum("hc,bnhc->bhn", self.query(), kv[:, :, 0], preferred_element_type=F32)
         unscaled, total = softmax_weights(logits, size[:, None])
         attention = unscaled / total  # (B, H, n)
         y = jnp.einsum("bhn,bnhc->bhc", attention.astype(self.dtype), kv[:, :, 1])
-        y = dense(y.reshape(batch, 1, width), *layer("proj", width))
-        mlp = Mlp(self.hidden, dtype=self.dtype, activation=self.activation, name="mlp")
-        y = y + mlp(norm("norm", self.norm, self.norm_eps)(y).astype(self.dtype), None)
+        y = dense(y.reshape(batch, 1, width), *self.layer(self.proj))
+        y = y + self.mlp(self.norm(y).astype(self.dtype), None)
         return y[:, 0], jnp.mean(attention, axis=1)
+
+    def query(self) -> jax.Array:
+        """(H, C) in the compute dtype, scaled."""
+        q = dense(self.latent.astype(self.dtype), *self.layer(self.q)).reshape(self.num_heads, -1)
+        return q * q.shape[-1] ** -0.5
+
+    def asked(self) -> jax.Array:
+        """(H, D) float32: the query as it asks tokens, up to a number that all of them share."""
+        kernel, _ = self.kv(self.width)
+        kernel = kernel[:, : self.width].reshape(self.width, self.num_heads, -1)
+        return jnp.einsum("hc,dhc->hd", self.query().astype(F32), kernel)
+
+    def layer(self, affine: Affine) -> tuple[jax.Array, jax.Array]:
+        """Kernel and bias in the compute dtype."""
+        kernel, bias = affine(self.width)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)

@@ -9,7 +9,8 @@ Letters: B images, P original patches, N tokens, D width.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,14 @@ from evit_jax.models.layers import Affine, dropout, embed_patches, fold, norm, w
 from evit_jax.models.pooling import MapPool, average
 from evit_jax.runtime.forms import by_chip
 from evit_jax.tokens import Signals, Tokens, unmerge
+
+
+class Readout(NamedTuple):
+    """What comes between the last block and the heads, each possibly the identity."""
+
+    norm: Callable  # of all tokens
+    pool: Callable  # (B, n, D), sizes (B, n) -> (B, D), of a `MapPool` its attention besides
+    fc_norm: Callable  # of what was pooled
 
 
 class ViT(Backbone):
@@ -65,8 +74,11 @@ class ViT(Backbone):
             rngs = self.image_rngs(images.shape[0], index)
         tokens = self.embed(images, fold(rngs, self.depth))
 
+        readout = self.readout()
         nothing = Signals(
+            probe=self.probe(readout, images.shape[0]),
             class_token=self.class_token,
+            last_norm=(self.norm, self.norm_eps) if self.final_norm else None,
             grid=self.grid,
             prefix=self.prefix,
             depth=self.depth,
@@ -91,7 +103,7 @@ class ViT(Backbone):
             if keep is not None:
                 owners.append(tokens.owner)
 
-        logits, read = self.head(tokens, last)
+        logits, read = self.head(readout, tokens, last)
         out = dict(
             owner=tuple(owners),
             cls_attention=tuple(s.class_attention() for s in seen if s.class_token),
@@ -124,41 +136,57 @@ class ViT(Backbone):
             mlp=self.mlp,
         )
 
-    def head(self, tokens: Tokens, last: Tokens | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def readout(self) -> Readout:
+        """The modules between the last block and the heads."""
+        after_pooling = self.pool == "avg" if self.fc_norm is None else self.fc_norm
+        before = after = functools.partial(jnp.asarray, dtype=jnp.float32)
+        if self.final_norm and after_pooling:
+            after = norm("fc_norm", self.norm, self.norm_eps)
+        elif self.final_norm:
+            before = norm("norm", self.norm, self.norm_eps)
+        if self.pool != "map":
+            return Readout(before, average, after)
+        pool = MapPool(
+            self.width,
+            self.pool_heads or self.num_heads,
+            self.pool_hidden,
+            activation=self.activation,
+            norm_kind=self.norm,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            name="attn_pool",
+        )
+        return Readout(before, pool, after)
+
+    def probe(self, readout: Readout, batch: int) -> jax.Array | None:
+        """`Signals.probe` (B, H, D) float32; None without map pooling."""
+        if self.pool != "map":
+            return None
+        asked = readout.pool.asked()
+        if isinstance(readout.norm, nn.Module):
+            readout.norm(jnp.zeros((1, self.width)))  # so that it has its parameters
+            asked *= readout.norm.variables["params"]["scale"][None]
+        return jnp.broadcast_to(asked[None], (batch, *asked.shape))
+
+    def head(
+        self, readout: Readout, tokens: Tokens, last: Tokens | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits, and what `out` has of their making.
 
         Args:
           tokens: all that leave the last block.
           last: its prefix tokens alone, where logits read no others.
         """
-        after_pooling = self.pool == "avg" if self.fc_norm is None else self.fc_norm
-        normed = fc_normed = functools.partial(jnp.asarray, dtype=jnp.float32)
-        if self.final_norm and after_pooling:
-            fc_normed = norm("fc_norm", self.norm, self.norm_eps)
-        elif self.final_norm:
-            normed = norm("norm", self.norm, self.norm_eps)
-
         out: dict[str, jax.Array] = {}
         if last is None:
             start = 0 if self.pool_prefix else self.prefix
-            x, size = normed(tokens.x)[:, start:], tokens.size[:, start:]
+            pooled = readout.pool(readout.norm(tokens.x)[:, start:], tokens.size[:, start:])
             if self.pool == "map":
-                pool = MapPool(
-                    self.pool_heads or self.num_heads,
-                    self.pool_hidden,
-                    activation=self.activation,
-                    norm=self.norm,
-                    norm_eps=self.norm_eps,
-                    dtype=self.dtype,
-                    name="attn_pool",
-                )
-                pooled, out["pool_attention"] = pool(x, size)
-            else:
-                pooled = average(x, size)
+                pooled, out["pool_attention"] = pooled
             features = pooled[:, None]
         else:
-            features = normed(last.x)
-        features = out["features"] = fc_normed(features)
+            features = readout.norm(last.x)
+        features = out["features"] = readout.fc_norm(features)
 
         layer = functools.partial(
             nn.Dense, self.num_classes, kernel_init=weight_init, dtype=jnp.float32
@@ -172,8 +200,7 @@ class ViT(Backbone):
                 out["logits_cls"] = logits
                 out["logits_dist"] = layer(name="head_dist")(features[:, 1])
                 logits = (out["logits_cls"] + out["logits_dist"]) / 2
-        dense = normed(tokens.x)
-        out["dense"] = unmerge(dense, tokens.owner, prefix=self.prefix)
+        out["dense"] = unmerge(readout.norm(tokens.x), tokens.owner, prefix=self.prefix)
         return logits, out
 
     def embed(self, images: jax.Array, rngs: jax.Array | None) -> Tokens:

@@ -12,7 +12,10 @@ import types
 import typing
 from collections.abc import Mapping
 
+import flax.linen as nn
+
 from evit_jax.errors import InputError, check_name, check_names
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, SCORES
 from evit_jax.spec import parse_fields
 from evit_jax.tokens import Reducer
 
@@ -43,7 +46,22 @@ def create_reducer(spec: str | Mapping | Reducer) -> Reducer:
     method = importlib.import_module(f"{__name__}.{name}").REDUCER
     known = {field.name: field.type for field in dataclasses.fields(method)}
     check_names(f"field of {name}", fields, known)
-    return method(**{key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields})
+    fields = {key: check_type(f"{name}'s {key}", fields[key], known[key]) for key in fields}
+    if issubclass(method, nn.Module):  # which made in a model's method would become its child
+        fields["parent"] = None
+    return method(**fields)
+
+
+def without_class_token() -> str:
+    """For messages: the methods that need no class token, and what makes the others do without."""
+    methods = {name: create_reducer(name) for name in known_reducers()}
+    free = [name for name, method in methods.items() if not method.reads_class_token]
+    ranking = [name for name in methods if name not in free]
+    scores = [score for score in SCORES if score not in (*OF_CLASS_TOKEN, "probe")]
+    return (
+        f"{', '.join(free)} do without, and {', '.join(ranking)} with another `by`: "
+        f"{', '.join(scores)}, or probe with map pooling, as in {ranking[0]}:by={scores[0]}"
+    )
 
 
 def written(spec: str | Mapping) -> str:

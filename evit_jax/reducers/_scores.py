@@ -16,6 +16,11 @@ def value(signals: Signals) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(signals.value_norms()), axis=1))
 
 
+def key_norm(signals: Signals) -> jax.Array:
+    """(B, N) float32: L2 norm of each token's keys, all heads as one vector."""
+    return jnp.sqrt(jnp.sum(jnp.square(signals.key_norms()), axis=1))
+
+
 def class_value(signals: Signals) -> jax.Array:
     """(B, N) float32: class attention times the norm of the values, per head, then the mean.
 
@@ -26,23 +31,27 @@ def class_value(signals: Signals) -> jax.Array:
 
 SCORES = {
     "class": Signals.class_attention,
-    "received": Signals.received_attention,
-    "value": value,
     "class_value": class_value,
+    "received": Signals.received_attention,
+    "mean": Signals.mean_attention,
+    "probe": Signals.probe_attention,
     "shift": Signals.shift,
+    "key_norm": key_norm,
+    "value": value,
 }
+OF_CLASS_TOKEN = ("class", "class_value")
 
 
-def check_score(by: str) -> None:
+def check_score(by: str, kind: str = "score") -> None:
     """Raises InputError for a score that does not exist, naming the closest one."""
-    check_name("score", by, SCORES)
+    check_name(kind, by, SCORES)
 
 
 def importance(by: str, tokens: Tokens, signals: Signals) -> jax.Array:
     """(B, n) float32 of the patch tokens, without a gradient: what is kept is a decision.
 
     Raises:
-      InputError: the score needs a class token, and the model has none.
+      InputError: the score needs a class token or map pooling, and the model has none.
     """
     return jax.lax.stop_gradient(SCORES[by](signals)[:, tokens.prefix :])
 

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._scores import class_value, value
+from evit_jax.reducers._scores import (
+    OF_CLASS_TOKEN,
+    SCORES,
+    check_score,
+    class_value,
+    map_macs,
+    value,
+)
 from evit_jax.tokens import F32, Reducer, Signals, Tokens, drop, follow
 
 
@@ -33,13 +40,29 @@ class ATS(Reducer):
     """
 
     whole: bool = False  # as in the public code, mean over heads of a_hj times ||v_j|| of all heads
+    # What is multiplied by the norm of the values: another of Top-K's scores in place of the mean
+    # of a_hj, for a model without a class token; then that of all heads.
+    by: str = "class"
+
+    def __post_init__(self):
+        check_score(self.by)
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
+
+    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
+        return map_macs(self.by, n, prefix, width)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth // 4, depth))
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         prefix = tokens.prefix
-        scores = signals.class_attention() * value(signals) if self.whole else class_value(signals)
+        if self.by == "class" and not self.whole:
+            scores = class_value(signals)
+        else:
+            scores = SCORES[self.by](signals) * value(signals)
         scores = jax.lax.stop_gradient(scores[:, prefix:])
         taken, first = sample(scores, tokens.size[:, prefix:] > 0, keep)  # (B, K)
         fills = first[:, None] & (taken[:, None] == jnp.arange(tokens.patches)[None, :, None])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from evit_jax.errors import InputError, check_name
 from evit_jax.plan.counts import Entry, Keep
 from evit_jax.reducers._merging import cosines, merge, total
-from evit_jax.reducers._scores import best, importance
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
 from evit_jax.tokens import Reducer, Signals, Tokens, drop
 
 # Name of a DeiT and its 10^9 multiply-accumulates, as printed -> what the authors' search found for
@@ -77,16 +77,23 @@ class DiffRate(Reducer):
     weighted: bool = False  # means weighted by size
     proportional: bool = True  # later attention weighs tokens as above
 
+    by: str = "class"  # the score, one of Top-K's; others need no class token
+
     def __post_init__(self):
+        check_score(self.by)
         if self.budget:
             check_name("budget of diffrate", self.budget, PUBLISHED)
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(1, depth))
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
         prune_to, merge_to = keep if isinstance(keep, tuple) else (n, keep)
-        return (prune_to - merge_to) * merge_to * width
+        return (prune_to - merge_to) * merge_to * width + map_macs(self.by, n, prefix, width)
 
     def schedule(self, patches: int, prefix: int, layers: tuple[int, ...], depth: int) -> Keep:
         if not self.budget:
@@ -112,7 +119,7 @@ class DiffRate(Reducer):
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         prune_to, merge_to = keep if isinstance(keep, tuple) else (tokens.patches, keep)
-        tokens = drop(tokens, best(importance("class", tokens, signals), tokens, prune_to))
+        tokens = drop(tokens, best(importance(self.by, tokens, signals), tokens, prune_to))
         if prune_to == merge_to:
             return tokens
 

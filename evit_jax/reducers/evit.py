@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from evit_jax.errors import check_name
 from evit_jax.plan.counts import Entry
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
 from evit_jax.tokens import F32, Reducer, Signals, Tokens, destinations, drop, follow
 
 TINY = jnp.finfo(F32).tiny
+SMALLEST = 1e-9  # of a score, so that scores of zero still make a mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +25,47 @@ class EViT(Reducer):
 
     Where positions are not in the tokens (rotary positions, relative bias), the fused token is at
     the mean of theirs weighted by a_i, or where the most attended of them is.
+
+    For models without a class token `by` names another of Top-K's scores. The fused token then is
+    the mean weighted by it, since a score may be of any scale and pooling counts the token by its
+    size.
     """
 
     fuse: bool = True  # False drops them
     fused_at: str = "mean"  # or "strongest"
+    by: str = "class"
 
     def __post_init__(self):
         check_name("evit's fused_at", self.fused_at, ("mean", "strongest"))
+        check_score(self.by)
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
 
     @property
     def extra(self) -> int:
         return int(self.fuse)
 
+    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
+        return map_macs(self.by, n, prefix, width)
+
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
-        attention = signals.class_attention()[:, tokens.prefix :]  # (B, n)
-        _, kept = jax.lax.top_k(attention, keep)  # (B, K)
+        if self.by == "class":
+            attention = signals.class_attention()[:, tokens.prefix :]  # (B, n)
+            _, kept = jax.lax.top_k(attention, keep)  # (B, K)
+        else:
+            attention = importance(self.by, tokens, signals)
+            kept = best(attention, tokens, keep)
+            there = tokens.size[:, tokens.prefix :] > 0
+            attention = jnp.where(there, jnp.maximum(attention, SMALLEST), 0)
         if not self.fuse:
             return drop(tokens, kept)
 
         place = destinations(kept, tokens.patches, rest=keep)  # (B, n), K: into the fused token
         lost = attention * (place == keep).astype(jnp.float32)  # (B, n), 0 for those kept
+        if self.by != "class":
+            lost = lost / jnp.maximum(jnp.sum(lost, axis=1, keepdims=True), TINY)
         reduced = drop(tokens, kept, fused=lost)
         size = jnp.sum((place == keep) * tokens.size[:, tokens.prefix :], axis=1)  # (B,)
         positions = reduced.positions

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from evit_jax.errors import InputError
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._scores import best, check_score, importance, map_macs
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
 from evit_jax.reducers.dpcknn import squared_distances
 from evit_jax.tokens import Reducer, Signals, Tokens, drop
 
@@ -39,6 +39,10 @@ class KMedoids(Reducer):
         check_score(self.by)
         if self.iterations < 0:
             raise InputError(f"kmedoids' iterations is a number from 0 up, got {self.iterations}")
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
         return n**2 * width + map_macs(self.by, n, prefix, width)

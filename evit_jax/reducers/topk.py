@@ -8,7 +8,7 @@ EViT without the fused token.
 import dataclasses
 
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._scores import best, check_score, importance, map_macs
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
 from evit_jax.tokens import Reducer, Signals, Tokens, drop
 
 
@@ -16,20 +16,28 @@ from evit_jax.tokens import Reducer, Signals, Tokens, drop
 class TopK(Reducer):
     """Keeps the K patch tokens with the highest score, in descending order of it.
 
-    Ties go to the lower index. With a_hj the class token's attention to token j in head h and v_hj
-    that token's values, `by` is one of
+    Ties go to the lower index. With a_hj the class token's attention to token j in head h, k_hj and
+    v_hj that token's keys and values, `by` is one of
       "class"        mean over heads of a_hj, as in EViT
-      "received"     attention received, mean over heads and all queries
-      "value"        ||v_j||, all heads as one vector
       "class_value"  mean over heads of a_hj ||v_hj||
+      "received"     attention received, mean over heads and all queries
+      "mean"         attention of the mean query, see `Signals.mean_attention`
+      "probe"        attention of the pooling probe, see `Signals.probe_attention`
       "shift"        ||after - before|| of attention, as in the reducer shift
-    The two with a_hj need a class token; only "received" needs the whole attention map.
+      "key_norm"     ||k_j||, all heads as one vector
+      "value"        ||v_j||, all heads as one vector
+    The two with a_hj need a class token, "probe" needs map pooling; only "received" needs the whole
+    attention map.
     """
 
     by: str = "class"
 
     def __post_init__(self):
         check_score(self.by)
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
         return map_macs(self.by, n, prefix, width)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from evit_jax.plan.counts import Entry
 from evit_jax.reducers._merging import merge
-from evit_jax.reducers._scores import best, importance
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
 from evit_jax.tokens import F32, Reducer, Signals, Tokens, drop
 
 
@@ -34,12 +34,21 @@ class TPS(Reducer):
     predictor, which is not here.
     """
 
+    by: str = "class"  # the score, one of Top-K's; others need no class token
+
+    def __post_init__(self):
+        check_score(self.by)
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
+
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
-        return (n - keep) * keep * width
+        return (n - keep) * keep * width + map_macs(self.by, n, prefix, width)
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         prefix, n = tokens.prefix, tokens.patches
-        tokens = drop(tokens, best(importance("class", tokens, signals), tokens, n))  # sorted
+        tokens = drop(tokens, best(importance(self.by, tokens, signals), tokens, n))  # sorted
         kept, pruned = tokens.x[:, prefix : prefix + keep], tokens.x[:, prefix + keep :]
         similarity = jnp.einsum(
             "bpd,bkd->bpk", unit(pruned), unit(kept), preferred_element_type=F32

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evit_jax.errors import check_name
 from evit_jax.plan.counts import Entry
 from evit_jax.reducers._merging import cosines, first_least, merge, moments, rank
+from evit_jax.reducers._scores import OF_CLASS_TOKEN, SCORES, check_score, map_macs
 from evit_jax.tokens import F32, Reducer, Signals, Tokens, take
 
-SCORES = ("class", "received", "shift")
 SMALLEST = 1e-6  # of a distance, so that equal tokens are joined in the order of their masses
 TINY = 1e-9  # of a score relative to the mean, whose logarithm is taken
 SMALLEST_IMPORTANCE = 1e-4  # relative to the mean: less is noise
@@ -44,8 +43,8 @@ class Ward(Reducer):
 
     ramped = True
 
-    # What says how much a token matters: "class" attention, attention "received" from all tokens,
-    # which needs the whole map, or the "shift" by attention; the last two need no class token.
+    # What says how much a token matters, one of Top-K's scores, such as "class" attention or, where
+    # there is no class token, attention "received" or the "shift" by attention.
     by: str = "class"
     floor: float = 0.1
     # The share of the tokens, those of least mass, that may be removed: fewer pairs to compare.
@@ -56,7 +55,11 @@ class Ward(Reducer):
     probe: tuple[tuple[float, ...], ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self):
-        check_name("ward's by", self.by, SCORES)
+        check_score(self.by, "ward's by")
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
@@ -65,8 +68,7 @@ class Ward(Reducer):
         return 1 if prefix else None
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
-        whole_map = (prefix + n) ** 2 * width if self.by == "received" else 0
-        return self.compared(n, keep) * n * width + whole_map
+        return self.compared(n, keep) * n * width + map_macs(self.by, n, prefix, width)
 
     def compared(self, n: int, keep: int) -> int:
         """How many tokens may be removed: at least half as many again as are."""
@@ -133,7 +135,7 @@ class Ward(Reducer):
 
     def score_per_size(self, tokens: Tokens, signals: Signals) -> jax.Array:
         """(B, n) float32, its logarithm."""
-        score = relative(self.score(signals)[:, tokens.prefix :])
+        score = relative(SCORES[self.by](signals)[:, tokens.prefix :])
         return jnp.log((score + TINY) / tokens.size[:, tokens.prefix :])
 
     def probed(self, tokens: Tokens, signals: Signals) -> jax.Array:
@@ -156,14 +158,8 @@ class Ward(Reducer):
             per_size = self.probed(tokens, signals)
             score = jnp.exp(per_size - jnp.max(per_size, axis=1, keepdims=True)) * size
         else:
-            score = self.score(signals)[:, tokens.prefix :]
+            score = SCORES[self.by](signals)[:, tokens.prefix :]
         return jax.lax.stop_gradient(relative(score) + self.floor * relative(size))
-
-    def score(self, signals: Signals) -> jax.Array:
-        """(B, N) float32: how much each token matters."""
-        if self.by == "class":
-            return signals.class_attention()
-        return signals.received_attention() if self.by == "received" else signals.shift()
 
 
 def relative(values: jax.Array) -> jax.Array:

@@ -357,3 +357,39 @@ def test_specs_are_words_or_dicts():
     assert hash(create_reducer(dict(name="tome", r=[3, 1]))) is not None
     with pytest.raises(InputError, match="needs a name"):
         create_reducer(dict(fuse=False))
+
+
+def test_evit_by_another_score_fuses_a_mean_that_needs_no_class_token():
+    tokens, signals = example()
+    signals = signals.replace(class_token=False)
+    after = create_reducer("evit:by=value")(tokens, signals, 4)
+    for image in range(BATCH):
+        norms = np.asarray(signals.v[image], np.float64)
+        scores = np.sqrt((norms**2).sum(axis=(0, 2)))[1:]
+        order = np.argsort(-scores)
+        np.testing.assert_array_equal(after.x[image, 1:5], tokens.x[image, 1:][order[:4]])
+        share = scores[order[4:]] / scores[order[4:]].sum()
+        fused = share @ np.asarray(tokens.x[image, 1:], np.float64)[order[4:]]
+        np.testing.assert_allclose(after.x[image, 5], fused, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_a_class_token_names_the_methods_that_do_without():
+    sizes = dict(image_size=16, patch_size=4, width=16, depth=4, num_heads=2)
+    kind = dict(class_token=False, pool="avg")
+    for name in known_reducers():
+        reducer = create_reducer(name)
+        grid, keep = ((2, 6), 3) if name in FIXED_COUNT else ((3, 4), 10)
+        tokens, signals = example(grid=grid)
+        signals = signals.replace(class_token=False)
+        if not reducer.reads_class_token:
+            call(reducer, tokens, signals, keep)
+            continue
+        build_model("vit", **sizes, **kind, reducer=reducer, keep_rate=1)  # dense, so it may
+        with pytest.raises(InputError) as error:
+            build_model("vit", **sizes, **kind, reducer=reducer, tokens=(8, 6, 5), layers=(0, 1, 2))
+        text = str(error.value)
+        assert all(other in text for other in ("tome", "shift", "topk", "by=received"))
+        assert name in text.partition("do without, and")[2]
+        again = dataclasses.replace(reducer, by="received")
+        assert not again.reads_class_token
+        call(again, tokens, signals, keep)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.models import build_model
+from evit_jax.models import build_model, init_params
 from evit_jax.plan.flops import macs
 from evit_jax.reducers import create_reducer
 from tests.contracts.test_reducers import BATCH, PATCHES, example
@@ -25,12 +25,25 @@ def score_by_hand(by, signals, image):
         "value": lambda j: np.sqrt(sum(norms[h, j] ** 2 for h in range(heads))),
         "class_value": lambda j: np.mean([maps[h, 0, j] * norms[h, j] for h in range(heads)]),
         "shift": lambda j: np.sqrt(np.sum((after[j] - before[j]) ** 2)),
+        "key_norm": lambda j: np.sqrt(np.sum(np.asarray(signals.k[image, :, j], np.float64) ** 2)),
+        "mean": lambda j: by_mean_query(signals, image)[j],
     }[by]
     return np.array([score(j) for j in range(tokens)])
 
 
+def by_mean_query(signals, image):
+    """(N,): softmax of the patches' mean logits, mean over heads."""
+    q, k = (np.asarray(array[image], np.float64) for array in (signals.q, signals.k))
+    logits = np.einsum("hqc,hkc->hqk", q[:, signals.prefix :], k).mean(axis=1)
+    exp = np.exp(logits)
+    return (exp / exp.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+SCORES = ["class", "received", "value", "class_value", "shift", "key_norm", "mean"]
+
+
 @pytest.mark.parametrize("prefix", [1, 2])
-@pytest.mark.parametrize("by", ["class", "received", "value", "class_value", "shift"])
+@pytest.mark.parametrize("by", SCORES)
 def test_the_highest_scores_are_kept_in_descending_order(by, prefix):
     tokens, signals = example(prefix)
     rng = np.random.default_rng(3)
@@ -73,7 +86,7 @@ def test_ties_go_to_the_lower_index():
 def test_only_scores_with_class_attention_need_a_class_token():
     tokens, signals = example()
     signals = signals.replace(class_token=False)
-    for by in ("received", "value", "shift"):
+    for by in ("received", "value", "shift", "mean", "key_norm"):
         create_reducer(f"topk:by={by}")(tokens, signals, 3)
     for by in ("class", "class_value"):
         with pytest.raises(InputError, match="the model has no class token"):
@@ -91,7 +104,7 @@ def test_only_a_whole_attention_map_costs_anything():
         return macs(model) - macs(model.clone(reducer=create_reducer("topk")))
 
     assert extra("received") == 197**2 * 384
-    assert extra("value") == extra("shift") == extra("class_value") == 0
+    assert extra("value") == extra("shift") == extra("class_value") == extra("mean") == 0
 
 
 def test_it_is_evit_without_the_fused_token():
@@ -99,3 +112,27 @@ def test_it_is_evit_without_the_fused_token():
     expected = create_reducer("evit:fuse=False")(tokens, signals, 5)
     after = create_reducer("topk")(tokens, signals, 5)
     jax.tree.map(np.testing.assert_array_equal, after, expected)
+
+
+def test_the_probe_asks_tokens_as_it_will_after_the_last_block():
+    """In the last block, with an MLP that adds nothing, it is what the pooling itself looks at."""
+    sizes = dict(image_size=24, patch_size=6, width=16, depth=1, num_heads=2, registers=1)
+    kind = dict(class_token=False, no_embed_class=True, pool="map")
+    model = build_model("vit", **sizes, **kind, reducer="topk:by=probe", tokens=7, layers=(0,))
+    params = init_params(model, jax.random.key(0))
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
+    params["blocks_0"]["mlp"]["fc2"] = jax.tree.map(
+        jnp.zeros_like, params["blocks_0"]["mlp"]["fc2"]
+    )
+    images = jax.random.normal(jax.random.key(1), (2, 24, 24, 3))
+    _, dense = model.clone(keep=()).apply({"params": params}, images)
+    _, reduced = model.apply({"params": params}, images)
+    order = np.argsort(-dense["pool_attention"], axis=1)
+    for image in range(2):
+        owner = np.asarray(reduced["owner"][0][image])
+        np.testing.assert_array_equal(owner[order[image][:7]], range(7))
+    tokens, signals = example()
+    with pytest.raises(InputError, match="the probe of map pooling, and the model has none"):
+        create_reducer("topk:by=probe")(tokens, signals, 3)

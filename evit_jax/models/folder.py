@@ -9,6 +9,7 @@ of its own that is left out.
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def find(name: str) -> tuple[str, Settings, Preprocessing]:
     """
     config = read(name, "config.json")
     if "architecture" in config:
-        tag = config.get("pretrained_cfg", {}).get("tag")
-        backbone, settings, card = named.find(".".join(filter(None, (config["architecture"], tag))))
+        architecture = check_name("architecture", str(config["architecture"]), named.table())
+        tag = (config.get("pretrained_cfg") or {}).get("tag")
+        tagged = f"{architecture}.{tag}" if tag else architecture
+        backbone, settings, card = named.find(tagged)
         return backbone, settings | dict(num_classes=config.get("num_classes", 0)), card
     try:
         backbone, settings = from_transformers(config)
@@ -61,6 +64,8 @@ def find(name: str) -> tuple[str, Settings, Preprocessing]:
 def check(name: str, model) -> None:
     """Raises InputError where a folder's config.json is of another model than `model`."""
     _, settings, _ = find(name)
+    if settings["width"] != model.width:
+        return  # as shapes will tell
     for field in SAME:
         theirs, ours = settings.get(field), getattr(model, field, None)
         if None not in (theirs, ours) and theirs != ours:
@@ -104,12 +109,12 @@ def from_transformers(whole: Config) -> tuple[str, Settings]:
         settings["image_size"] = sides(config["image_size"])
     if "intermediate_size" in config:
         settings["mlp_ratio"] = ratio(config["intermediate_size"], config["hidden_size"])
-    if "ForImageClassification" in architecture(whole):
+    if "ForImageClassification" in saved_class(whole):
         settings["num_classes"] = len(whole.get("id2label") or (0, 1))
     return backbone, settings | own
 
 
-def architecture(config: Config) -> str:
+def saved_class(config: Config) -> str:
     """The class that was saved, such as "ViTForImageClassification"."""
     return (config.get("architectures") or [""])[0]
 
@@ -131,7 +136,7 @@ def vit(config: Config, whole: Config) -> tuple[str, Settings]:
 
 def deit(config: Config, whole: Config) -> tuple[str, Settings]:
     # Without the teacher's head nobody reads the distillation token: it is a register.
-    distilled = "WithTeacher" in architecture(whole)
+    distilled = "WithTeacher" in saved_class(whole)
     token = dict(distilled=True) if distilled else dict(registers=1)
     return "vit", token | dict(qkv_bias=config.get("qkv_bias", True))
 
@@ -143,9 +148,10 @@ def dinov2(config: Config, whole: Config) -> tuple[str, Settings]:
     if config.get("use_swiglu_ffn"):
         packed = 2 * ((hidden * 2 // 3 + 7) // 8 * 8)
         mlp = dict(mlp="swiglu_packed", activation="silu", mlp_ratio=ratio(packed, width))
-    if "ForImageClassification" in architecture(whole):
-        # The classifier reads the class token beside the mean of the patches.
-        mlp |= dict(num_classes=None)
+    if "ForImageClassification" in saved_class(whole):
+        text = "the classifier reads class token and mean of the patches, and is left out"
+        warnings.warn(f"{text}: the model returns features", stacklevel=2)
+        mlp |= dict(num_classes=0)
     qkv_bias = config.get("qkv_bias", True)
     return "vit", mlp | dict(layer_scale=config["layerscale_value"], qkv_bias=qkv_bias)
 
@@ -176,13 +182,13 @@ def dinov3(config: Config, whole: Config) -> tuple[str, Settings]:
 
 
 def clip(config: Config, whole: Config) -> tuple[str, Settings]:
-    projected = architecture(whole) in ("CLIPModel", "CLIPVisionModelWithProjection")
+    projected = saved_class(whole) in ("CLIPModel", "CLIPVisionModelWithProjection")
     classes = dict(num_classes=whole["projection_dim"]) if projected else {}
     return "vit", dict(pre_norm=True) | classes
 
 
 def siglip(config: Config, whole: Config) -> tuple[str, Settings]:
-    averaged = "ForImageClassification" in architecture(whole)
+    averaged = "ForImageClassification" in saved_class(whole)
     if averaged or not config.get("vision_use_head", True):
         return "vit", dict(class_token=False, pool="avg", fc_norm=False)
     return "vit", dict(class_token=False, pool="map")

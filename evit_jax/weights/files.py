@@ -51,7 +51,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise Refused("there are no tensors in it")
         return {name: _finished(array) for name, array in tensors.items()}
     except FileNotFoundError as error:
-        raise InputError(f"the weight file {path} does not exist: check the path") from error
+        missing = error.filename or path
+        raise InputError(f"the weight file {missing} does not exist: check the path") from error
     except Refused as error:
         raise InputError(f"{path} cannot be used as weights: {error}") from error
     except DAMAGED as error:

@@ -150,6 +150,36 @@ def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
         assert len(found.model.reducer.probe) == model.depth
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_classes=0),
+        dict(class_token=False, pool="avg"),
+        dict(class_token=False, pool="map", num_classes=0),
+        dict(registers=2, no_embed_class=True),
+    ],
+    ids=["features", "average", "map", "registers"],
+)
+def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, images):
+    model = build_model("vit", **SIZES | dict(depth=3) | changes)
+    params = jax.tree.map(lambda a: 3 * a, init_params(model, jax.random.key(0)))
+    settings = dict(share=0.7, reducer="ward:by=shift", sweeps=0, layers=(1, 2), batch_size=16)
+    found = calibrate(model, params, images, **settings)
+    assert macs(found.model) <= 0.7 * macs(model)
+    assert np.isfinite(found.model.reducer.probe).all()
+    # Where nothing reads patches at the end, one is enough.
+    assert (found.best.keep[-1] == 1) == (not model.reads_patches)
+    expected, _ = model.apply({"params": params}, images)
+    reduced, _ = found.model.apply({"params": params}, images)
+    if model.num_classes:
+        change = kl_divergence((expected,), (reduced,))
+    else:
+        change = cosine_distance((None, expected[:, None]), (None, reduced[:, None]))
+        with pytest.raises(InputError, match="this model has no head: cosine"):
+            calibrate(model, params, images, distortion="kl", **settings)
+    np.testing.assert_allclose(found.best.each, change, rtol=1e-3, atol=1e-6)
+
+
 def test_a_journal_is_gone_on_with(dense, images, tmp_path, monkeypatch):
     model, params = dense
     asked = dict(share=0.6, reducer="tome", batch_size=8, journal=tmp_path / "tried")

@@ -72,6 +72,7 @@ class Tokens:
                None is the plain softmax, to the last bit.
     positions  (B, N, 2) float32 or None: row and column of each token in patches, where attention
                needs to know (rotary positions, relative bias); those of prefix tokens mean nothing.
+               Before anything is reduced (1, N, 2), alike in all images; a reducer gets B.
     aux        name -> what each reducing block reported under it, in order; see `report`.
     prefix     static: how many tokens at the front are never reduced.
     """

@@ -21,7 +21,7 @@ from evit_jax.runtime.parallel import DataParallel
 from evit_jax.tokens import Reducer, Signals, Tokens
 
 State = tuple[Tokens, Signals]
-ARRAYS = ("q", "k", "v", "row", "before", "after", "weight", "plain_q", "plain_k", "rng")
+ARRAYS = ("q", "k", "v", "row", "before", "after", "weight", "plain_q", "plain_k", "bias", "rng")
 
 
 class Blockwise:
@@ -72,7 +72,7 @@ class Blockwise:
             entered = []
             logits, out = self.watched(params, images, lambda block, args: entered.append(args[:2]))
             tokens, signals = entered[0]
-            return (tokens, signals.replace(layer=0)), (logits, out["features"])
+            return (tokens, signals.replace(layer=0)), (logits, self.read_by_heads(out))
 
         return self.devices.compile_eval(program)
 
@@ -89,9 +89,13 @@ class Blockwise:
             images = jnp.zeros((tokens.x.shape[0], *self.dense.image_size, 3), jnp.float32)
             with nn.intercept_methods(intercept):
                 logits, out = self.dense.apply({"params": params}, images)
-            return logits, out["features"]
+            return logits, self.read_by_heads(out)
 
         return self.devices.compile_eval(program)
+
+    def read_by_heads(self, out: dict) -> jax.Array:
+        """(B, 1 or 2, D): of the model's features those that heads read, and not registers."""
+        return out["features"][:, : 1 + self.dense.distilled]
 
     def step(self, number: int, reducer: Reducer, keep: Entry, state: State) -> State:
         """What leaves a block: its tokens, and the signals of its attention for a next block."""
@@ -133,7 +137,8 @@ class Blockwise:
         """What each block of the dense model tells the reducer of these images.
 
         The importance of a token is the squared gradient of the log-probability of a class drawn
-        from the model's own prediction, a sample of the Fisher information; mean over draws.
+        from the model's own prediction, a sample of the Fisher information; mean over draws. For a
+        model without a head it is that of its features, of length 1, in a random direction.
         """
         return self.gather_evidence(reducer)(self.params, dict(images=images, key=key))
 
@@ -149,28 +154,35 @@ class Blockwise:
                     block = context.module
                     if not isinstance(block, Block) or context.method_name != "__call__":
                         return function(*args, **settings)
-                    tokens = args[0].replace(x=args[0].x + changes[block.layer])
-                    result = function(tokens, *args[1:], **settings)
+                    result = function(*args, **settings)
                     if args[3] is None:
                         entered[block.layer], seen[block.layer] = result
-                    return result
+                    tokens, signals = result
+                    change = changes[block.layer][:, : args[3]]
+                    return tokens.replace(x=tokens.x + change), signals
 
                 with nn.intercept_methods(intercept):
                     logits, _ = self.dense.apply({"params": params}, images)
-                return jax.nn.log_softmax(logits.astype(jnp.float32)), (entered, seen)
+                logits = logits.astype(jnp.float32)
+                if self.dense.num_classes:
+                    return jax.nn.log_softmax(logits), (entered, seen)
+                length = jnp.linalg.norm(logits, axis=-1, keepdims=True)
+                return logits / jnp.maximum(length, 1e-6), (entered, seen)
 
             length = self.dense.prefix + self.dense.patches
             shape = images.shape[0], length, self.dense.width
             zeros = [jnp.zeros(shape, self.dense.dtype)] * depth
-            logits, pull, (tokens, signals) = jax.vjp(predict, zeros, has_aux=True)
+            answers, pull, (tokens, signals) = jax.vjp(predict, zeros, has_aux=True)
             importance = [jnp.zeros(shape[:2], jnp.float32)] * depth
             for key in jax.random.split(batch["key"], DRAWS):
-                drawn = jax.random.categorical(key, logits)
-                one = jax.nn.one_hot(drawn, logits.shape[-1], dtype=logits.dtype)
-                squares = [jnp.sum(jnp.square(g.astype(jnp.float32)), -1) for g in pull(one)[0]]
+                if self.dense.num_classes:
+                    drawn = jax.random.categorical(key, answers)
+                    one = jax.nn.one_hot(drawn, answers.shape[-1], dtype=answers.dtype)
+                else:
+                    one = jax.random.normal(key, answers.shape, answers.dtype)
                 # Of what leaves a block: nearly that of what its reducer would get.
-                following = [*squares[1:], jnp.zeros(shape[:2], jnp.float32)]
-                importance = [a + b / DRAWS for a, b in zip(importance, following, strict=True)]
+                squares = [jnp.sum(jnp.square(g.astype(jnp.float32)), -1) for g in pull(one)[0]]
+                importance = [a + b / DRAWS for a, b in zip(importance, squares, strict=True)]
             # The reducer sees tokens before the MLP.
             return [
                 reducer.evidence(tokens[i].replace(x=signals[i].after), signals[i], importance[i])
@@ -180,4 +192,4 @@ class Blockwise:
         return self.devices.compile_eval(program)
 
 
-DRAWS = 4  # classes per image
+DRAWS = 4  # classes, or directions, per image

@@ -69,13 +69,18 @@ def kl_divergence(dense: tuple, reduced: tuple) -> np.ndarray:
 
 
 def cosine_distance(dense: tuple, reduced: tuple) -> np.ndarray:
-    """(B,) 1 - cosine of the features, mean over the prefix tokens, for models without a head."""
+    """(B,) 1 - cosine of the features that heads read, mean over heads; for models without any."""
     a, b = (np.asarray(answers[1], np.float64) for answers in (dense, reduced))
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.mean(1 - np.sum(a * b, axis=-1) / lengths, axis=1)
 
 
 DISTORTIONS = dict(kl=kl_divergence, cosine=cosine_distance)
+
+
+def natural_distortion(model) -> str:
+    """Of what a model returns: predictions, or features."""
+    return "kl" if model.num_classes else "cosine"
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -93,7 +98,7 @@ def calibrate(
     share: float | None = None,
     reducer: str | dict | Reducer | None = None,
     layers: Sequence[int] | None = None,
-    distortion: str = "kl",
+    distortion: str | None = None,
     learn: bool = True,
     sweeps: int = 1,
     batch_size: int = 32,
@@ -114,7 +119,8 @@ def calibrate(
       share: the same as a share of the dense model's.
       reducer: default the model's own.
       layers: blocks that may reduce; default the reducer's own.
-      distortion: "kl" of the predictions, or "cosine" of the features.
+      distortion: "kl" of the predictions, or "cosine" of the features; default that of what the
+        model returns.
       learn: let the reducer learn from the images where it can, see `Reducer.evidence`.
       sweeps: how often the search goes over the blocks; 0 only tries the family.
       batch_size: images at a time, on the first device; a last smaller batch is left out.
@@ -132,8 +138,10 @@ def calibrate(
     """
     if (macs is None) == (share is None):
         raise InputError("give a budget: either macs, multiply-accumulates of one image, or share")
-    if distortion not in DISTORTIONS:
-        raise InputError(f"distortion must be kl or cosine, got {distortion!r}")
+    distortion = distortion or natural_distortion(model)
+    if distortion not in DISTORTIONS or (distortion == "kl" and not model.num_classes):
+        also = " (this model has no head: cosine)" if distortion == "kl" else ""
+        raise InputError(f"distortion must be kl or cosine, got {distortion!r}{also}")
     batch_size = min(batch_size, len(images))
     count = len(images) - len(images) % max(batch_size, 1)
     if count < FEWEST:

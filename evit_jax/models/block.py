@@ -19,6 +19,9 @@ def reduce(
 
     A Linen module that is passed as a field would share one set of parameters over all blocks.
     """
+    if tokens.positions is not None:  # up to here, one image's may stand for those of all
+        shape = *tokens.x.shape[:2], 2
+        tokens = tokens.replace(positions=jnp.broadcast_to(tokens.positions, shape))
     if isinstance(reducer, nn.Module):
         reducer = reducer.clone(parent=parent, name="reduction")
     return reducer(tokens, signals, keep)

@@ -62,7 +62,8 @@ class Eva(ViT):
         rows, columns = jnp.divmod(jnp.arange(self.patches), self.grid[1])
         at = jnp.stack([rows, columns], axis=-1).astype(jnp.float32)
         at = jnp.pad(at, ((self.prefix, 0), (0, 0)))
-        return tokens.replace(positions=jnp.broadcast_to(at, (len(images), *at.shape)))
+        # Of one image for all: no block computes angles or a bias per image before it has to.
+        return tokens.replace(positions=at[None])
 
 
 MODEL = Eva  # what create_model("eva") builds

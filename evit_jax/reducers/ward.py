@@ -24,6 +24,7 @@ from evit_jax.tokens import F32, Reducer, Signals, Tokens, take
 SMALLEST = 1e-6  # of a distance, so that equal tokens are joined in the order of their masses
 TINY = 1e-9  # of a score relative to the mean, whose logarithm is taken
 SMALLEST_IMPORTANCE = 1e-4  # relative to the mean: less is noise
+SMALLEST_MEAN = 1e-30  # that is divided by: after the last attention nothing reads a patch
 RIDGE = 30.0  # of the probe's regression
 
 
@@ -163,8 +164,8 @@ class Ward(Reducer):
 
 
 def relative(values: jax.Array) -> jax.Array:
-    """(B, n) >= 0, relative to their mean over the tokens."""
-    return values / jnp.mean(values, axis=1, keepdims=True)
+    """(B, n) >= 0, relative to their mean over the tokens; all 0 if they are."""
+    return values / jnp.maximum(jnp.mean(values, axis=1, keepdims=True), SMALLEST_MEAN)
 
 
 REDUCER = Ward

@@ -8,10 +8,10 @@ python -m evit_jax.tools.calibrate ... --latency_ms=20 --latency_batch=8
 python -m evit_jax.tools.calibrate ... --share=0.6 --chip=v6e --chip_batch=128
 
 No labels are needed: the reduced model is compared with the dense one, by the KL divergence of
-their predictions (--distortion=cosine: by the class token's features). --reducer is ward unless
-another is named. --count images are drawn
-from all that are in the folder and below; do not report figures on them. A method that can learns
-from them first (ward: how much each token matters). Then plans within the budget are measured: the
+their predictions, or by the cosine of the pooled features where there is no head (num_classes=0,
+--distortion=cosine). --reducer is ward unless another is named. --count images are drawn from all
+that are in the folder and below; do not report figures on them. A method that can learns from them
+first (ward: how much each token matters). Then plans within the budget are measured: the
 method's own, one keep rate, ramps from each block of the first half; and the best one's shares of
 the reduction move between blocks as long as that helps by more than a standard error.
 
@@ -48,7 +48,13 @@ from tqdm import tqdm
 from evit_jax import cli, tables
 from evit_jax.errors import InputError
 from evit_jax.measure import chip_report, latency
-from evit_jax.measure.calibration import DISTORTIONS, Calibrated, calibrate, first_plans
+from evit_jax.measure.calibration import (
+    DISTORTIONS,
+    Calibrated,
+    calibrate,
+    first_plans,
+    natural_distortion,
+)
 from evit_jax.measure.chip_cost import ChipCost
 from evit_jax.measure.chip_plan import TILE
 from evit_jax.measure.chips import Target
@@ -77,7 +83,7 @@ def arguments() -> argparse.Namespace:
     add("--chip_batch", type=int, default=128, help="images in a call on the chip")
     add("--budgets", default="", help="shares, such as 0.5,0.63: also calibrated, for the plot")
     cli.add_model_flags(parser, "reducer", "layers", "image_size", "num_classes", "dtype")
-    add("--distortion", default="kl", help=f"{' or '.join(DISTORTIONS)}")
+    add("--distortion", help=f"{' or '.join(DISTORTIONS)}; default that of what the model returns")
     add("--sweeps", type=int, default=1, help="of the search over the blocks; 0: only ramps")
     add("--batch_size", type=int, default=32, help="images at a time, on the first device")
     add("--out", metavar="FILE.json", help="plan file")
@@ -200,6 +206,7 @@ def main() -> None:
     model = spec.build(keep_rate=1)
     files = draw_images(flags.images, flags.count, flags.seed)
     images = np.asarray(preprocess(spec.name, files, size=model.image_size))
+    flags.distortion = flags.distortion or natural_distortion(model)
     found, cost = search(flags, spec, images, target)
     chosen = found[0]
     shown = [["plan", "tokens after each block", "GMACs", f"{flags.distortion}", ""]]

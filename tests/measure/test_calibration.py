@@ -55,6 +55,20 @@ def test_block_by_block_a_model_gives_what_it_does_as_a_whole(dense, images, red
     assert set(states) == {(reducer, keep[:count]) for count in (1, 2, 3, 4)}
 
 
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_a_model_that_pools_patches_is_the_same_block_by_block(images, pool):
+    model = build_model("vit", **SIZES, class_token=False, registers=1, pool=pool)
+    params = init_params(model, jax.random.key(0))
+    reducer, keep = create_reducer("ward:by=mean"), (None, 20, 9, 4)
+    logits, features = Blockwise(model.clone(reducer=reducer, keep=keep), params).answers(
+        reducer, keep, Blockwise(model, params).start(params, images)[0], {}
+    )
+    planned = model.clone(reducer=reducer, keep=keep)
+    expected, out = planned.apply({"params": params}, images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features, out["features"], rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_of_the_same_size_are_one_program_and_known_states_are_not_computed_again(
     dense, images
 ):
@@ -148,6 +162,36 @@ def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
     np.testing.assert_allclose(found.best.distortion, each.mean(), rtol=1e-3)
     if reducer == "ward":
         assert len(found.model.reducer.probe) == model.depth
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_classes=0),
+        dict(class_token=False, pool="avg"),
+        dict(class_token=False, pool="map", num_classes=0),
+        dict(registers=2, no_embed_class=True),
+    ],
+    ids=["features", "average", "map", "registers"],
+)
+def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, images):
+    model = build_model("vit", **SIZES | dict(depth=3) | changes)
+    params = jax.tree.map(lambda a: 3 * a, init_params(model, jax.random.key(0)))
+    settings = dict(share=0.7, reducer="ward:by=shift", sweeps=0, layers=(1, 2), batch_size=16)
+    found = calibrate(model, params, images, **settings)
+    assert macs(found.model) <= 0.7 * macs(model)
+    assert np.isfinite(found.model.reducer.probe).all()
+    # Where nothing reads patches at the end, one is enough.
+    assert (found.best.keep[-1] == 1) == (not model.reads_patches)
+    expected, _ = model.apply({"params": params}, images)
+    reduced, _ = found.model.apply({"params": params}, images)
+    if model.num_classes:
+        change = kl_divergence((expected,), (reduced,))
+    else:
+        change = cosine_distance((None, expected[:, None]), (None, reduced[:, None]))
+        with pytest.raises(InputError, match="this model has no head: cosine"):
+            calibrate(model, params, images, distortion="kl", **settings)
+    np.testing.assert_allclose(found.best.each, change, rtol=1e-3, atol=1e-6)
 
 
 def test_a_journal_is_gone_on_with(dense, images, tmp_path, monkeypatch):

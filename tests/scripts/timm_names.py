@@ -23,7 +23,13 @@ FILES = {"vision_transformer": "vit", "deit": "vit", "eva": "eva", "beit": "beit
 # DeiT and EViT evaluate at 224/256 of the resized side at every size. A name without a tag means
 # their way, one with a tag timm's.
 UNTAGGED = {"deit_": dict(crop=0.875, position_resize="bicubic")}
-BILINEAR = ("flexivit", "radio")  # positions for another image size; timm's others: bicubic
+# How positions are made for another image size, by what is in a name; timm's others: bicubic.
+RESIZED = {
+    "base_patch16_radio_v3": "bilinear_corners",
+    "huge_patch16_radio_v3": "bilinear_corners",
+    "radio": "bilinear",
+    "flexivit": "bilinear",
+}
 SWITCHES = dict(
     embed_dim="width", depth="depth", num_heads="num_heads", patch_size="patch_size",
     class_token="class_token", reg_tokens="registers", num_reg_tokens="registers",
@@ -77,7 +83,8 @@ def record(name: str, classes) -> tuple[str, dict]:
             each.__init__ = refuse
         timm.create_model(name)
     except Recorded as recorded:
-        return recorded.args
+        built, given = recorded.args
+        return built, dict(patch_size=16, embed_dim=768, depth=12, num_heads=12) | given
     finally:
         for each, init in kept.items():
             each.__init__ = init
@@ -160,6 +167,11 @@ def settings_of(kind: str, given: dict) -> dict:
     }
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One side or two -> (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def missing_of(given: dict) -> str | None:
     """What the package lacks for such a model."""
     block = given["block_fn"].__name__ if "block_fn" in given else None
@@ -170,6 +182,8 @@ def missing_of(given: dict) -> str | None:
         lacking.append("queries in groups that share keys and values")
     if given.get("attn_only_layer_scale"):
         lacking.append("LayerScale of attention alone")
+    if any(side % given["patch_size"] for side in pair(given["img_size"])):
+        lacking.append("images of which the last pixels are in no patch")
     return " and ".join(lacking) or None
 
 
@@ -203,8 +217,8 @@ def entry_of(name: str, kind: str, cfgs, classes) -> dict:
     """The whole entry of one name."""
     built, given = record(name, classes)
     beyond = dict(distilled=True) if built == "VisionTransformerDistilled" else {}
-    if any(family in name for family in BILINEAR):
-        beyond["position_resize"] = "bilinear"
+    if resized := next((how for part, how in RESIZED.items() if part in name), None):
+        beyond["position_resize"] = resized
     settings = settings_of(kind, given) | beyond
     entry = dict(backbone=kind, settings=settings)
     if missing := missing_of(given):

@@ -39,6 +39,7 @@ class ViT(Backbone):
     a user may want besides; jit removes what is not returned from it:
       owner          one (B, P) int32 per block that reduced, see `tokens.Tokens`
       cls_attention  one (B, N) float32 per block: the class token's attention, mean over heads
+      mean_attention the same of the mean query, of models without a class token
       blocks         one (B, N, D) per block: the tokens after it
       size           (B, N) float32: original patches inside each final token
       aux            name -> what reducing blocks reported, see `Tokens.report`
@@ -107,6 +108,9 @@ class ViT(Backbone):
         out = dict(
             owner=tuple(owners),
             cls_attention=tuple(s.class_attention() for s in seen if s.class_token),
+            mean_attention=tuple(
+                s.mean_attention() for s in seen if not (s.class_token or s.q is None)
+            ),
             blocks=tuple(blocks),
             size=tokens.size,
             aux=tokens.aux,

@@ -122,8 +122,9 @@ def compile_look(model, card):
         return dict(
             dense=jax.nn.softmax(dense_logits[0]),
             reduced=jax.nn.softmax(logits[0]),
-            # The first reducing block still sees every patch, and this is what it decides by.
-            attention=out["cls_attention"][first][0, model.prefix :],
+            # The first reducing block still sees every patch, and this is what it decides by, or
+            # what comes nearest to it where there is no class token.
+            attention=(out["cls_attention"] or out["mean_attention"])[first][0, model.prefix :],
             owners=[owner[0] for owner in out["owner"]],
         )
 

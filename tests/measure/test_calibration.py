@@ -55,6 +55,20 @@ def test_block_by_block_a_model_gives_what_it_does_as_a_whole(dense, images, red
     assert set(states) == {(reducer, keep[:count]) for count in (1, 2, 3, 4)}
 
 
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_a_model_that_pools_patches_is_the_same_block_by_block(images, pool):
+    model = build_model("vit", **SIZES, class_token=False, registers=1, pool=pool)
+    params = init_params(model, jax.random.key(0))
+    reducer, keep = create_reducer("ward:by=mean"), (None, 20, 9, 4)
+    logits, features = Blockwise(model.clone(reducer=reducer, keep=keep), params).answers(
+        reducer, keep, Blockwise(model, params).start(params, images)[0], {}
+    )
+    planned = model.clone(reducer=reducer, keep=keep)
+    expected, out = planned.apply({"params": params}, images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features, out["features"], rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_of_the_same_size_are_one_program_and_known_states_are_not_computed_again(
     dense, images
 ):

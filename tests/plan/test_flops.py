@@ -57,3 +57,30 @@ def test_logits_alone_need_only_the_prefix_of_the_last_block():
     unread = (entering - 2) * (width**2 + 2 * entering * width + 2 * width * hidden)
     assert macs(reduced) - logit_macs(reduced) == unread
     assert logit_macs(build_model("vit", depth=1)) < macs(build_model("vit", depth=1))
+
+
+def test_logits_that_read_patches_leave_nothing_out():
+    pooled = build_model("vit", class_token=False, pool="avg")
+    assert logit_macs(pooled) == macs(pooled)
+    mapped = build_model("vit", class_token=False, pool="map", reducer="tome", tokens=100)
+    n, width = mapped.tokens_per_block[-1], 384
+    keys_and_values, query_and_projection = 2 * n * width**2, 2 * width**2
+    attention, mlp = 2 * n * width, 2 * width * 1536
+    pooling = keys_and_values + query_and_projection + attention + mlp
+    assert mapped.head_macs == pooling + 1000 * width
+
+
+@pytest.mark.parametrize(("mlp", "ratio"), [("swiglu", 2.0), ("swiglu_packed", 4.0)])
+def test_a_gated_mlp_has_three_products(mlp, ratio):
+    gated = build_model("vit", mlp=mlp, mlp_ratio=ratio, activation="silu")
+    plain = build_model("vit", mlp_ratio=2.0)
+    assert gated.hidden == plain.hidden == 768
+    assert macs(gated) - macs(plain) == 12 * 197 * 384 * 768
+
+
+def test_a_ramp_leaves_patches_where_logits_read_them():
+    budget = 0.6 * macs(build_model("vit"))
+    token = build_model("vit", reducer="ward", macs=budget)
+    pooled = build_model("vit", reducer="ward:by=mean", macs=budget, class_token=False, pool="avg")
+    assert token.keep[-1] == 1
+    assert pooled.keep[-1] > 10

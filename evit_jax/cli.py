@@ -34,8 +34,12 @@ def run(main: Callable[[], None]) -> None:
 # Those of the tools that say which model it is and how it runs. What a tool leaves out is the
 # model's own, or that of the run in --workdir.
 MODEL_FLAGS = dict(
-    model=dict(metavar="NAME", help="a model's name, or sizes: vit:width=192,depth=6,num_heads=3"),
-    weights=dict(metavar="FILE", help=".safetensors, .pth or .npz, or hf:OWNER/REPO@COMMIT"),
+    model=dict(
+        metavar="NAME", help="a name, a folder, or sizes: vit:width=192,depth=6,num_heads=3"
+    ),
+    weights=dict(
+        metavar="FILE", help=".safetensors, .pth, .npz, a folder, or hf:OWNER/REPO@COMMIT"
+    ),
     workdir=dict(metavar="DIR", help="of a training run, instead of --model and --weights"),
     reducer=dict(metavar="SPEC", help="evit (the default), evit:fuse=False, random, tome:r=13"),
     plan=dict(metavar="FILE", help="counts and their reducer, as calibrate writes them"),

@@ -45,7 +45,10 @@ def find_model(name: str):
     if folder.is_folder(name):
         backbone, settings, card = folder.find(name)
     else:
-        check_name("model", name.partition(".")[0], [*modules, *named.table()])
+        base, _, tag = name.partition(".")
+        check_name("model", base, [*modules, *named.table()])
+        if base in modules:
+            raise InputError(f"the backbone {base!r} has no tags, got {tag!r}")
         backbone, settings, card = named.find(name)
     return modules[backbone].MODEL, settings, card
 

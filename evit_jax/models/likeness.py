@@ -14,7 +14,7 @@ Traits = dict[str, Any]
 
 def of_settings(settings: Mapping[str, Any]) -> Traits:
     """What tells models apart and can be seen in their weights."""
-    patch = settings["patch_size"]
+    patch = settings.get("patch_size", 16)
     prefix = dict(class_token=True, distilled=False, registers=0)
     return dict(
         width=settings["width"],

@@ -25,16 +25,16 @@ RULES = (
     (r"^transformer\.resblocks\.", "blocks."),
     (r"^ln_pre\.", "norm_pre."),
     (r"^ln_post\.", "norm."),
+    (r"^attn_pool\.attn\.in_proj_(weight|bias)$", r"attn_pool.qkv.\1"),
+    (r"^attn_pool\.attn\.out_proj\.", "attn_pool.proj."),
+    (r"^attn_pool\.layernorm\.", "attn_pool.norm."),
+    (r"^attn_pool\.probe$", "attn_pool.latent"),
     (r"\.ln_([12])\.", r".norm\1."),
     (r"\.ls_([12])\.gamma$", r".ls\1.gamma"),
     (r"\.attn\.in_proj_(weight|bias)$", r".attn.qkv.\1"),
     (r"\.attn\.out_proj\.", ".attn.proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"^attn_pool\.attn\.in_proj_(weight|bias)$", r"attn_pool.qkv.\1"),
-    (r"^attn_pool\.attn\.out_proj\.", "attn_pool.proj."),
-    (r"^attn_pool\.layernorm\.", "attn_pool.norm."),
-    (r"^attn_pool\.probe$", "attn_pool.latent"),
     # EVA-02, DINOv2 and DINOv3
     (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
     (r"\.attn\.inner_attn_ln\.", ".attn.norm."),
@@ -65,7 +65,6 @@ BEIT3 = (
     (r"\.self_attn\.([qkv]_proj)\.A\.", r".attn.\1."),
     (r"\.ffn\.A\.ffn_layernorm\.", ".mlp.norm."),
     (r"\.ffn\.A\.", ".mlp."),
-    (r"^beit3\.encoder\.layer_norm\.A\.", "norm."),
 )
 # Of pretraining, of other towers, or computed anew.
 UNUSED = re.compile(

@@ -77,7 +77,8 @@ def record(name: str, classes) -> tuple[str, dict]:
             each.__init__ = refuse
         timm.create_model(name)
     except Recorded as recorded:
-        return recorded.args
+        built, given = recorded.args
+        return built, dict(patch_size=16, embed_dim=768, depth=12, num_heads=12) | given
     finally:
         for each, init in kept.items():
             each.__init__ = init
@@ -160,6 +161,11 @@ def settings_of(kind: str, given: dict) -> dict:
     }
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One side or two -> (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def missing_of(given: dict) -> str | None:
     """What the package lacks for such a model."""
     block = given["block_fn"].__name__ if "block_fn" in given else None
@@ -170,6 +176,8 @@ def missing_of(given: dict) -> str | None:
         lacking.append("queries in groups that share keys and values")
     if given.get("attn_only_layer_scale"):
         lacking.append("LayerScale of attention alone")
+    if any(side % given["patch_size"] for side in pair(given["img_size"])):
+        lacking.append("images of which the last pixels are in no patch")
     return " and ".join(lacking) or None
 
 

@@ -6,7 +6,6 @@ from safetensors.numpy import save_file
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, create_model, init_params
-from evit_jax.weights import hub
 from evit_jax.weights.names import params_from_tensors, tensors_from_params
 
 SIZES = dict(image_size=32, patch_size=8, width=8, depth=2, num_heads=2, num_classes=3)
@@ -189,23 +188,3 @@ def test_models_of_different_keep_rates_share_one_set_of_parameters(tmp_path):
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(InputError, match=r"none.safetensors"):
         create_model("vit", weights=str(tmp_path / "none.safetensors"), **SIZES)
-
-
-def test_the_hub_needs_a_commit_and_says_what_to_do_offline(monkeypatch):
-    with pytest.raises(InputError, match="not of the form hf:OWNER/REPOSITORY@COMMIT"):
-        hub.download("hf:timm/deit_tiny_patch16_224.fb_in1k")
-    asked = {}
-
-    class Hub:
-        @staticmethod
-        def hf_hub_download(repository, file, *, revision):
-            asked.update(repository=repository, file=file, revision=revision)
-            raise OSError("cannot reach the hub\nmore")
-
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", Hub)
-    with pytest.raises(InputError, match=r"cannot reach the hub\).*give the file's path"):
-        hub.download("hf:timm/deit@0123abc:weights.pth")
-    assert asked == dict(repository="timm/deit", file="weights.pth", revision="0123abc")
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r'needs the extra "hub"'):
-        hub.download("hf:timm/deit@0123abc")

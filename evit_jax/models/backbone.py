@@ -25,9 +25,10 @@ from evit_jax.plan.ramp import first_block, ramp, ramp_within
 from evit_jax.reducers import without_class_token
 from evit_jax.reducers.evit import EViT
 from evit_jax.tokens import SITES, Reducer
+from evit_jax.weights.positions import METHODS
 
 CHOICES = dict(
-    position_resize=("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"),
+    position_resize=(*METHODS, "bilinear_corners"),
     norm=("layer", "rms"),
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),

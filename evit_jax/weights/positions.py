@@ -27,6 +27,7 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
       "bicubic_antialias"  with antialiasing and the usual kernel, even where nothing shrinks (timm)
       "bilinear"           without antialiasing (FlexiViT, RADIO)
       "bilinear_antialias" with it (SigLIP 2 in NaFlex)
+      "bilinear_corners"   without it and with align_corners=True (two of RADIO's)
     Everything else is shared with `params`.
 
     Args:
@@ -50,11 +51,22 @@ def resize_positions(params: dict, model, *, grid: tuple[int, int] | None = None
         )
     if tuple(grid) == tuple(model.grid):
         return params
-    method, antialias = METHODS[model.position_resize]
-    resized = jax.image.resize(
-        patches.reshape(1, *grid, width), (1, *model.grid, width), method, antialias=antialias
-    ).reshape(1, model.patches, width)
+    image = patches.reshape(1, *grid, width)
+    if model.position_resize == "bilinear_corners":
+        rows, columns = (between_corners(*sides) for sides in zip(grid, model.grid, strict=True))
+        resized = jnp.einsum("yr,xc,brcd->byxd", rows, columns, image, precision="highest")
+    else:
+        method, antialias = METHODS[model.position_resize]
+        resized = jax.image.resize(image, (1, *model.grid, width), method, antialias=antialias)
+    resized = resized.reshape(1, model.patches, width)
     return params | {"pos_embed": jnp.concatenate([prefix, resized], axis=1)}
+
+
+def between_corners(size: int, wanted: int) -> np.ndarray:
+    """Weights of `size` entries in each of `wanted`, the first and last in the same places."""
+    at = np.arange(wanted) * (size - 1) / max(wanted - 1, 1)
+    weights = [np.interp(at, np.arange(size), entry) for entry in np.eye(size)]
+    return np.stack(weights, axis=1).astype(np.float32)
 
 
 def resize_relative_bias(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

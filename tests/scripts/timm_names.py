@@ -23,7 +23,13 @@ FILES = {"vision_transformer": "vit", "deit": "vit", "eva": "eva", "beit": "beit
 # DeiT and EViT evaluate at 224/256 of the resized side at every size. A name without a tag means
 # their way, one with a tag timm's.
 UNTAGGED = {"deit_": dict(crop=0.875, position_resize="bicubic")}
-BILINEAR = ("flexivit", "radio")  # positions for another image size; timm's others: bicubic
+# How positions are made for another image size, by what is in a name; timm's others: bicubic.
+RESIZED = {
+    "base_patch16_radio_v3": "bilinear_corners",
+    "huge_patch16_radio_v3": "bilinear_corners",
+    "radio": "bilinear",
+    "flexivit": "bilinear",
+}
 SWITCHES = dict(
     embed_dim="width", depth="depth", num_heads="num_heads", patch_size="patch_size",
     class_token="class_token", reg_tokens="registers", num_reg_tokens="registers",
@@ -211,8 +217,8 @@ def entry_of(name: str, kind: str, cfgs, classes) -> dict:
     """The whole entry of one name."""
     built, given = record(name, classes)
     beyond = dict(distilled=True) if built == "VisionTransformerDistilled" else {}
-    if any(family in name for family in BILINEAR):
-        beyond["position_resize"] = "bilinear"
+    if resized := next((how for part, how in RESIZED.items() if part in name), None):
+        beyond["position_resize"] = resized
     settings = settings_of(kind, given) | beyond
     entry = dict(backbone=kind, settings=settings)
     if missing := missing_of(given):

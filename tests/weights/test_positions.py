@@ -47,6 +47,16 @@ def test_weights_are_those_of_pytorchs_cubic():
     np.testing.assert_allclose(got, np.outer(line, line)[2:6, 2:6], atol=1e-6)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(7, 3), (2, 9), (1, 1)])
+def test_between_corners_linear_positions_stay_linear(rows, columns):
+    model = model_for(rows, columns, position_resize="bilinear_corners")
+    resized = resize_positions(dict(pos_embed=table(4, 4)), model)["pos_embed"]
+    ends = [np.linspace(0.5, 3.5, side) for side in (rows, columns)]
+    expected = np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1).reshape(-1, 2)
+    np.testing.assert_allclose(resized[0, 1:], expected, atol=1e-6)
+    np.testing.assert_array_equal(resized[0, 0], 99)
+
+
 def test_with_antialiasing_weights_are_those_of_timms_cubic():
     """Keys' kernel (a = -0.5), as wide as the step where the grid shrinks, and summing to 1."""
     impulse = jnp.zeros((1, 145, 1)).at[0, 1 + 5 * 12 + 5].set(1.0)  # row 5, column 5 of 12 x 12

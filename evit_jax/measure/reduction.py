@@ -13,11 +13,19 @@ from evit_jax.reducers import as_spec, create_reducer, written
 from evit_jax.tokens import Reducer
 
 
+def default_method(model) -> str:
+    """Ward merging, by what the class token looks at, or the mean of all tokens.
+
+    Without a class token that was the best score (docs/methods.md).
+    """
+    return "ward" if model.class_token else "ward:by=mean"
+
+
 def reduce(
     model,
     params: dict,
     *,
-    method: str | dict | Reducer = "ward",
+    method: str | dict | Reducer | None = None,
     macs: float | None = None,
     share: float | None = None,
     layers: Sequence[int] | None = None,
@@ -28,7 +36,7 @@ def reduce(
     Args:
       model: a model of this package, such as of `create_model`.
       params: its parameters; only read where there are `images`.
-      method: a reducer, as in `create_model`. The default needs no training.
+      method: a reducer, as in `create_model`; default `default_method`, which needs no training.
       macs: a budget, multiply-accumulates of one image.
       share: the same as a share of the dense model's. Without either, the method's own plan.
       layers: blocks that may reduce; default the method's own.
@@ -43,7 +51,7 @@ def reduce(
     """
     if macs is not None and share is not None:
         raise InputError("give macs or share, not both")
-    dense = model.clone(keep=(), reducer=create_reducer(method))
+    dense = model.clone(keep=(), reducer=create_reducer(method or default_method(model)))
     full = count_macs(dense)
     budget = full * share if share is not None else macs
     if images is not None:

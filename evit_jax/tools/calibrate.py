@@ -9,11 +9,12 @@ python -m evit_jax.tools.calibrate ... --share=0.6 --chip=v6e --chip_batch=128
 
 No labels are needed: the reduced model is compared with the dense one, by the KL divergence of
 their predictions, or by the cosine of the pooled features where there is no head (num_classes=0,
---distortion=cosine). --reducer is ward unless another is named. --count images are drawn from all
-that are in the folder and below; do not report figures on them. A method that can learns from them
-first (ward: how much each token matters). Then plans within the budget are measured: the
-method's own, one keep rate, ramps from each block of the first half; and the best one's shares of
-the reduction move between blocks as long as that helps by more than a standard error.
+--distortion=cosine). --reducer is ward unless another is named, without a class token ward:by=mean.
+--count images are drawn from all that are in the folder and below; do not report figures on them.
+A method that can learns from them first (ward: how much each token matters). Then plans within the
+budget are measured: the method's own, one keep rate, ramps from each block of the first half; and
+the best one's shares of the reduction move between blocks as long as that helps by more than a
+standard error.
 
 --latency_ms first finds what number of multiply-accumulates takes so long on this device, by one
 keep rate for all layers, and times the plan that was found in turns with that one.
@@ -58,6 +59,7 @@ from evit_jax.measure.calibration import (
 from evit_jax.measure.chip_cost import ChipCost
 from evit_jax.measure.chip_plan import TILE
 from evit_jax.measure.chips import Target
+from evit_jax.measure.reduction import default_method
 from evit_jax.models.images import preprocess
 from evit_jax.pictures.plot import Line, plot
 from evit_jax.plan.flops import macs
@@ -89,7 +91,6 @@ def arguments() -> argparse.Namespace:
     add("--out", metavar="FILE.json", help="plan file")
     add("--plot", metavar="FILE.png", help="distortion against multiply-accumulates")
     flags = parser.parse_args()
-    flags.reducer = flags.reducer or "ward"
     given = [value for value in (flags.macs, flags.share, flags.latency_ms) if value is not None]
     if len(given) != 1:
         raise InputError("give a budget: one of --macs=NUMBER, --share=NUMBER, --latency_ms=NUMBER")
@@ -202,7 +203,8 @@ def within_latency(flags: argparse.Namespace, dense, params: dict, layers) -> fl
 def main() -> None:
     flags = arguments()
     target = Target(flags.chip) if flags.chip else None  # before JAX starts
-    spec = open_spec(argparse.Namespace(**vars(flags) | dict(reducer=flags.reducer)))
+    flags.reducer = flags.reducer or default_method(open_spec(flags).build(keep_rate=1))
+    spec = open_spec(flags)
     model = spec.build(keep_rate=1)
     files = draw_images(flags.images, flags.count, flags.seed)
     images = np.asarray(preprocess(spec.name, files, size=model.image_size))

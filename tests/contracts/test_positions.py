@@ -11,8 +11,8 @@ import pytest
 
 from evit_jax.models import build_model, init_params
 from evit_jax.models.block import Block
-from evit_jax.reducers import create_reducer
 from evit_jax.tokens import Reducer, Signals, Tokens, drop
+from tests.contracts.test_reducers import call, every_free_one, every_prefix, example
 
 TINY = dict(image_size=(16, 12), patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
 PATCHES, BATCH = 12, 2
@@ -207,5 +207,24 @@ def test_merging_compares_keys_before_positions_are_in_them(family):
         assert np.abs(turned - turned[:, :, :1]).max() > 1e-2
 
 
-def test_every_reducer_here_is_known():
-    assert all(isinstance(create_reducer(name), Reducer) for name in REDUCERS)
+@every_prefix
+@every_free_one
+def test_positions_between_patches_stay_exactly_where_they_are(reducer, prefix):
+    tokens, signals = example(prefix)
+    positions = jax.random.uniform(jax.random.key(5), (*tokens.size.shape, 2), maxval=7)
+    sizes = jax.random.randint(jax.random.key(6), tokens.size.shape, 1, 7).astype(jnp.float32)
+    tokens = tokens.replace(positions=positions, size=sizes.at[:, :prefix].set(1))
+    after = call(reducer, tokens, signals, 9)
+    if type(reducer).__name__ == "TwoSteps":  # joins without them; a method may
+        return
+    np.testing.assert_array_equal(after.positions[:, :prefix], positions[:, :prefix])
+    for image in range(len(positions)):
+        owner, patches = np.asarray(after.owner[image]), positions[image, prefix:]
+        for token in range(after.patches):
+            members = np.flatnonzero(owner == token)
+            now = after.positions[image, prefix + token]
+            if len(members) == 1:
+                np.testing.assert_array_equal(now, patches[members[0]])
+            elif len(members):
+                assert (now >= patches[members].min(axis=0) - 1e-6).all()
+                assert (now <= patches[members].max(axis=0) + 1e-6).all()

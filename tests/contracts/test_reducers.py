@@ -220,29 +220,6 @@ def test_weights_stay_with_their_tokens(reducer):
 
 @every_prefix
 @every_free_one
-def test_positions_between_patches_stay_exactly_where_they_are(reducer, prefix):
-    tokens, signals = example(prefix)
-    positions = jax.random.uniform(jax.random.key(5), (BATCH, prefix + PATCHES, 2), maxval=7)
-    sizes = jax.random.randint(jax.random.key(6), tokens.size.shape, 1, 7).astype(jnp.float32)
-    tokens = tokens.replace(positions=positions, size=sizes.at[:, :prefix].set(1))
-    after = call(reducer, tokens, signals, 9)
-    if type(reducer).__name__ == "TwoSteps":  # joins without them; a method may
-        return
-    np.testing.assert_array_equal(after.positions[:, :prefix], positions[:, :prefix])
-    for image in range(BATCH):
-        owner, patches = np.asarray(after.owner[image]), positions[image, prefix:]
-        for token in range(after.patches):
-            members = np.flatnonzero(owner == token)
-            now = after.positions[image, prefix + token]
-            if len(members) == 1:
-                np.testing.assert_array_equal(now, patches[members[0]])
-            elif len(members):
-                assert (now >= patches[members].min(axis=0) - 1e-6).all()
-                assert (now <= patches[members].max(axis=0) + 1e-6).all()
-
-
-@every_prefix
-@every_free_one
 def test_positions_stay_with_their_tokens(reducer, prefix):
     tokens, signals = example(prefix)
     grid = jnp.stack(jnp.divmod(jnp.arange(PATCHES), 4), axis=-1).astype(jnp.float32)

@@ -8,6 +8,7 @@ import evit_jax
 from evit_jax.errors import InputError
 from evit_jax.measure.blockwise import Blockwise
 from evit_jax.measure.calibration import calibrate, cosine_distance, kl_divergence, shifted
+from evit_jax.measure.reduction import default_method
 from evit_jax.models import build_model, init_params
 from evit_jax.plan.flops import macs
 from evit_jax.reducers import create_reducer
@@ -174,10 +175,12 @@ def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
     ],
     ids=["features", "average", "map", "registers"],
 )
-def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, images):
+def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, by, images):
     model = build_model("vit", **SIZES | dict(depth=3) | changes)
     params = jax.tree.map(lambda a: 3 * a, init_params(model, jax.random.key(0)))
-    settings = dict(share=0.7, reducer="ward:by=shift", sweeps=0, layers=(1, 2), batch_size=16)
+    reducer = default_method(model)
+    assert reducer == ("ward" if model.class_token else "ward:by=mean")
+    settings = dict(share=0.7, reducer=reducer, sweeps=0, layers=(1, 2), batch_size=16)
     found = calibrate(model, params, images, **settings)
     assert macs(found.model) <= 0.7 * macs(model)
     assert np.isfinite(found.model.reducer.probe).all()

@@ -259,6 +259,16 @@ def crop(width, height, size, fraction):
     return np.asarray(center_crop(image, size=size, crop=fraction, interpolation="nearest"))
 
 
+def test_squashing_resizes_both_sides_and_cuts_the_same_of_each():
+    image = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(6, 16))
+    view = dict(interpolation="nearest", squash=True)
+    whole = center_crop(image, size=(3, 4), crop=1.0, **view)
+    np.testing.assert_array_equal(whole, image.resize((4, 3), Image.Resampling.NEAREST))
+    middle = center_crop(image, size=(3, 4), crop=0.5, **view)
+    expected = np.asarray(image.resize((8, 6), Image.Resampling.NEAREST))[2:5, 2:6]
+    np.testing.assert_array_equal(middle, expected)
+
+
 def test_the_center_crop_resizes_the_shorter_side_and_cuts_the_middle():
     np.testing.assert_array_equal(crop(8, 4, (4, 4), 1.0)[0], [2, 3, 4, 5])
     np.testing.assert_array_equal(crop(8, 8, (4, 4), 0.5)[0], [2, 3, 4, 5])

@@ -275,6 +275,9 @@ class Reducer:
     site = "between"
     # Whether a budget is met by a ramp (plan/ramp.py), not by one keep rate for all layers.
     ramped = False
+    # Whether the weights that it sets are never below 1, as sizes are. Attention then needs no term
+    # for a token's own key, so that a fused kernel can do it.
+    weights_at_least_one = False
 
     @property
     def reads_class_token(self) -> bool:

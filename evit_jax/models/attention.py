@@ -139,7 +139,7 @@ def query_key_value(
       columns: E of the D columns of each, such as those of some heads.
       first: Q, the tokens that ask; None: all.
     """
-    width = x.shape[-1]
+    width = kernel.shape[1] // 3
     ranges = [slice(i * width + columns.start, i * width + columns.stop) for i in range(3)]
     asking = (x[:, :first], x, x)
     q, k, v = (
@@ -219,18 +219,31 @@ def with_some_heads_at_a_time(x, kernel, bias, weight, num_heads, first, form):
     return y, dict(q=q, k=k, v=v, row=row)
 
 
-def by_cudnn(x, kernel, bias, num_heads):
-    """Attention by cuDNN's kernel, which writes no map. See `attention_branch`."""
-    width = x.shape[-1]
+def by_cudnn(x, kernel, bias, weight, num_heads):
+    """Attention by cuDNN's kernel, which writes no map. See `attention_branch`.
+
+    With weights every head has `fused_gpu.EXTRA` more channels, in the result as well.
+    """
+    head_width = x.shape[-1] // num_heads
+    if weight is not None:  # room for them straight from the products: no copy
+        kernel, bias = (with_room(part, 3 * num_heads) for part in (kernel, bias))
     q, k, v = (
         part.reshape(*x.shape[:2], num_heads, -1)
-        for part in query_key_value(x, kernel, bias, slice(0, width))
+        for part in query_key_value(x, kernel, bias, slice(0, kernel.shape[1] // 3))
     )
-    q = q * (width // num_heads) ** -0.5
-    y = fused_gpu.attend(q, k, v)
-    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
+    q = q * head_width**-0.5
+    asking = (q, k) if weight is None else fused_gpu.weighted(q, k, weight)
+    y = fused_gpu.kernel(*asking, v, "cudnn")
+    q, k, v = (part[..., :head_width].transpose(0, 2, 1, 3) for part in (q, k, v))
     row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
-    return y.reshape(x.shape), dict(q=q, k=k, v=v, row=row)
+    return y.reshape(*x.shape[:2], -1), dict(q=q, k=k, v=v, row=row)
+
+
+def with_room(part: jax.Array, heads: int) -> jax.Array:
+    """(..., heads * C) -> (..., heads * (C + EXTRA)), with zeros in the new channels."""
+    part = part.reshape(*part.shape[:-1], heads, -1)
+    padding = [(0, 0)] * (part.ndim - 1) + [(0, fused_gpu.EXTRA)]
+    return jnp.pad(part, padding).reshape(*part.shape[:-2], -1)
 
 
 def by_pallas(x, kernel, bias, weight, num_heads):
@@ -242,6 +255,15 @@ def by_pallas(x, kernel, bias, weight, num_heads):
     return y, dict(q=q * head_width**-0.5, k=k, v=v, row=row)
 
 
+def kernel_takes(
+    x: jax.Array, weight: jax.Array | None, num_heads: int, at_least_one: bool
+) -> bool:
+    """Whether cuDNN's kernel can do it; x is of the shape of all heads of q, (B, N, D)."""
+    if weight is None:
+        return fused_gpu.has_cudnn(x, num_heads)
+    return at_least_one and fused_gpu.has_cudnn(x, num_heads, weighted=True)
+
+
 def attention_branch(
     x: jax.Array,
     kernels: tuple[jax.Array, jax.Array],
@@ -251,6 +273,7 @@ def attention_branch(
     num_heads: int,
     first: int | None,
     pallas: bool = False,
+    at_least_one: bool = False,
     form: Form = EXACT,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Multi-head self-attention from its parameters, in the form of a chip.
@@ -262,6 +285,7 @@ def attention_branch(
       weight: (B, N) float32 >= 0, or None for the plain softmax.
       first: Q, the tokens that ask; None: all.
       pallas: by the Pallas kernel, where the form has one and it takes these shapes.
+      at_least_one: whether no weight is below 1, see `Reducer.weights_at_least_one`.
 
     Returns:
       (B, Q, D) and, by name, q (B, H, Q, C) scaled, k and v (B, H, N, C), all in the dtype of x,
@@ -272,12 +296,15 @@ def attention_branch(
     inputs = x, kernels[0], biases[0]
     if pallas and form.pallas and whole and fused_tpu.supports(length, num_heads, head_width):
         y, parts = by_pallas(*inputs, weight, num_heads)
-    elif form.cudnn and whole and weight is None and fused_gpu.has_cudnn(x, num_heads):
-        y, parts = by_cudnn(*inputs, num_heads)
+    elif form.cudnn and whole and kernel_takes(x, weight, num_heads, at_least_one):
+        y, parts = by_cudnn(*inputs, weight, num_heads)
     else:
         plain = with_all_heads if form.fused_qkv else with_some_heads_at_a_time
         y, parts = plain(*inputs, weight, num_heads, first, form)
-    return y @ kernels[1] + biases[1][None, None], parts
+    projection = kernels[1]
+    if y.shape[-1] != projection.shape[0]:
+        projection = with_room(projection.T, num_heads).T
+    return y @ projection + biases[1][None, None], parts
 
 
 def attend_extended(
@@ -286,15 +313,16 @@ def attend_extended(
     v: jax.Array,
     weight: jax.Array | None,
     bias: jax.Array | None,
+    at_least_one: bool = False,
     form: Form = EXACT,
 ) -> jax.Array:
     """`attend`, or `attend_weighted` where there is a weight: (B, H, Q, C) in the dtype of v."""
+    whole = q.shape == k.shape and bias is None
+    if form.cudnn and whole and kernel_takes(heads_last(v), weight, v.shape[1], at_least_one):
+        y = fused_gpu.attend(*(part.transpose(0, 2, 1, 3) for part in (q, k, v)), weight)
+        return y.transpose(0, 2, 1, 3)
     if weight is not None:
         return attend_weighted(q, k, v, weight, bias).astype(v.dtype)
-    whole = q.shape == k.shape and bias is None
-    if form.cudnn and whole and fused_gpu.has_cudnn(heads_last(v), v.shape[1]):
-        y = fused_gpu.attend(*(part.transpose(0, 2, 1, 3) for part in (q, k, v)))
-        return y.transpose(0, 2, 1, 3)
     return attend(q, k, v, form, bias).astype(v.dtype)
 
 
@@ -312,6 +340,7 @@ class Attention(nn.Module):
     norm_eps: float = 1e-6
     rotary: Rotary | None = None  # queries and keys are turned by the tokens' positions
     relative_grid: tuple[int, int] | None = None  # a bias by relative position, in this grid
+    at_least_one: bool = False  # no weight is below 1, see `Reducer.weights_at_least_one`
 
     @nn.compact
     def __call__(
@@ -350,7 +379,11 @@ class Attention(nn.Module):
         if self.qk_norm or self.inner_norm or self.rotary or self.relative_grid:
             return self.extended(*inputs, first, positions, prefix)
         branch = functools.partial(
-            attention_branch, num_heads=self.num_heads, first=first, pallas=self.pallas
+            attention_branch,
+            num_heads=self.num_heads,
+            first=first,
+            pallas=self.pallas,
+            at_least_one=self.at_least_one,
         )
         return by_chip(branch, *inputs, dtype=self.dtype)
 
@@ -387,7 +420,8 @@ class Attention(nn.Module):
             bias = parts["bias"] = relative_bias(table, positions, prefix, self.relative_grid)
             row += bias[:, :, 0]
             bias = bias[:, :, :first]
-        y = heads_last(by_chip(attend_extended, q, k, v, weight, bias, dtype=self.dtype))
+        branch = functools.partial(attend_extended, at_least_one=self.at_least_one)
+        y = heads_last(by_chip(branch, q, k, v, weight, bias, dtype=self.dtype))
         if self.inner_norm:
             y = norm("norm", self.norm, self.norm_eps)(y).astype(self.dtype)
         y = y @ kernels[1] + biases[1][None, None]

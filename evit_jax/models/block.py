@@ -84,6 +84,7 @@ class Block(nn.Module):
             inner_norm=self.inner_norm,
             rotary=self.rotary,
             relative_grid=self.relative_grid,
+            at_least_one=self.reducer.weights_at_least_one,
             **norms,
             name="attn",
         )

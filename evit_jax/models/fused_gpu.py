@@ -17,16 +17,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
+EXTRA = 8  # channels for weights: the kernel takes multiples of 8
 AMPERE = 8.0  # the first compute capability that has the kernel
 EXPORTED = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudnn") -> jax.Array:
-    """softmax(q k^T) v.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array | None = None,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """softmax(q k^T) v, the exp of each logit times the key's weight.
 
     Args:
       q: (B, Q, H, C), scaled; float16 or bfloat16.
       k, v: (B, N, H, C), of the same dtype.
+      weight: (B, N) float32 > 0, or None for the plain softmax. It is two more features of the
+        keys, log(weight) and what rounding leaves of it, against ones of the queries.
       implementation: of `jax.nn.dot_product_attention`; "xla" is the same function for any chip.
 
     Returns:
@@ -36,7 +45,31 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "cudn
       RuntimeError: where this process has no cuDNN.
       NotImplementedError: for a width of heads that the kernel does not take.
     """
-    return kernel(q, k, v, implementation)
+    if weight is None:
+        return kernel(q, k, v, implementation)
+    width = v.shape[-1]
+    q, k, v = (jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, EXTRA))) for part in (q, k, v))
+    return kernel(*weighted(q, k, weight), v, implementation)[..., :width]
+
+
+def weighted(q: jax.Array, k: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys whose plain softmax is the weighted one.
+
+    The logarithm is exact to 16 bits: a size of 100 to a part in 10 thousand.
+
+    Args:
+      q, k: (B, Q or N, H, C + EXTRA), the last `EXTRA` channels zero.
+      weight: (B, N) float32 > 0.
+    """
+    logs = jnp.log(weight)[:, :, None, None]
+    high = logs.astype(k.dtype)
+    low = (logs - high.astype(logs.dtype)).astype(k.dtype)
+    channel = (jnp.arange(k.shape[-1]) - (k.shape[-1] - EXTRA))[None, None, None]
+    first, second = channel == 0, channel == 1
+    zero = jnp.zeros((), k.dtype)
+    return q + (first | second).astype(q.dtype), k + jnp.where(
+        first, high, jnp.where(second, low, zero)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -76,15 +109,18 @@ def kernel_backward(implementation, back, gradient):
 kernel.defvjp(kernel_forward, kernel_backward)
 
 
-def has_cudnn(x: jax.Array, num_heads: int) -> bool:
+def has_cudnn(x: jax.Array, num_heads: int, *, weighted: bool = False) -> bool:
     """Whether `attend` can be traced here, for programs that run on this process's GPUs.
 
     Without a GPU in the process, cuDNN's library is enough: such a program is for another machine.
 
     Args:
       x: (B, N, D), all heads of q, of k or of v, or its shape and dtype.
+      weighted: with weights of the keys.
     """
-    return cudnn_takes(x.shape, jnp.dtype(x.dtype).name, num_heads)
+    batch, length, width = x.shape
+    width += EXTRA * num_heads if weighted else 0
+    return cudnn_takes((batch, length, width), jnp.dtype(x.dtype).name, num_heads)
 
 
 @functools.lru_cache(maxsize=256)

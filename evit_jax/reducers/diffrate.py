@@ -73,6 +73,8 @@ class DiffRate(Reducer):
     nothing, which only suits logits that are read off the class token.
     """
 
+    weights_at_least_one = True
+
     budget: str = ""  # one of PUBLISHED; "" leaves it to the rates or counts given to the model
     weighted: bool = False  # means weighted by size
     proportional: bool = True  # later attention weighs tokens as above

@@ -29,6 +29,7 @@ class DPCKNN(Reducer):
     method works before a block's attention, on tokens alone.
     """
 
+    weights_at_least_one = True
     site = "input"
     neighbors: int = 5
     equal: bool = False  # every token of a cluster weighs the same in its mean, whatever its size

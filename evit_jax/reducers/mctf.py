@@ -45,6 +45,7 @@ class MCTF(Reducer):
     at once are refused.
     """
 
+    weights_at_least_one = True
     site = "input"
     r: int = 0
     tau_similarity: float = 1.0

@@ -34,6 +34,8 @@ class PiToMe(Reducer):
     sizes on, which turns it off. The paper keeps 0.9 to 0.95 of the tokens in every block.
     """
 
+    weights_at_least_one = True
+
     margin: float = 0.75  # 0.9 for AugReg's ViTs, in the public code
     falling: bool = True  # False: the margin is the same in all blocks, 0.95 for CLIP
     protect_last: bool = True  # False: blocks of the first half protect, as for MAE

@@ -37,6 +37,8 @@ class ToFu(Reducer):
     decide, and both at once are refused.
     """
 
+    weights_at_least_one = True
+
     r: int = 0  # tokens removed per block, as far as half of the patches allow
     weighted: bool = False  # means weighted by size
     upstream: bool = False  # public code's length

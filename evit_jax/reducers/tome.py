@@ -25,6 +25,8 @@ class ToMe(Reducer):
     counts given to the model decide; both at once are refused.
     """
 
+    weights_at_least_one = True
+
     r: int | tuple[int, ...] = 0  # tokens removed per block, as far as half of the patches allow
     linear: float = 0.0
     proportional: bool = True  # later attention weighs a token by its size (proportional attention)

@@ -43,6 +43,7 @@ class Ward(Reducer):
     """
 
     ramped = True
+    weights_at_least_one = True
 
     # What says how much a token matters, one of Top-K's scores, such as "class" attention or, where
     # there is no class token, attention "received" or the "shift" by attention.

@@ -27,6 +27,8 @@ class Window(nn.Module, Reducer):
     grid. It works before a block's attention, which is after the MLP of the block before.
     """
 
+    weights_at_least_one = True
+
     learned: bool = False
     proportional: bool = False  # later attention weighs a token by its size
 

@@ -209,6 +209,8 @@ def test_weights_stay_with_their_tokens(reducer):
     weight = jnp.tile(1.0 + jnp.arange(1.0 + PATCHES), (BATCH, 1))
     after = call(reducer, tokens.replace(weight=weight), signals, 10)
     assert after.weight.shape == after.size.shape
+    if reducer.weights_at_least_one:
+        assert jnp.min(after.weight) >= 1
     if getattr(reducer, "proportional", False) and file_name(reducer) not in OWN_WEIGHT:
         np.testing.assert_array_equal(after.weight, after.size)
         return

@@ -200,19 +200,6 @@ def test_reducers_with_a_schedule_take_no_keep_rate():
     assert [variant.model.image_size for variant in named] == [(64, 64)] * 2
 
 
-def test_a_budget_is_for_all_reducers_alike():
-    spec = spec_of_name(TINY.replace("depth=1", "depth=3"))
-    full = macs(spec.build())
-    dense, *others = comparison.variants_of(
-        spec, reducers=["evit", "ward", "tome"], budget=0.8 * full
-    )
-    assert (dense.name, macs(dense.model)) == ("dense", full)
-    assert [variant.name for variant in others] == ["evit", "ward", "tome"]
-    assert all(0.5 * full < macs(variant.model) <= 0.8 * full for variant in others)
-    with pytest.raises(InputError, match="no plan with these layers costs at most"):
-        comparison.variants_of(spec, reducers=["evit"], budget=0.01 * full)
-
-
 def test_a_run_is_timed_at_its_own_rate_or_plan_unless_told_otherwise(tmp_path):
     def variants(workdir, **settings):
         found = comparison.variants_of(spec_of_run(str(workdir)), **settings)

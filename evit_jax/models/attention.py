@@ -38,7 +38,7 @@ def attend(
     Args:
       q: (B, H, Q, C), scaled.
       k, v: (B, H, N, C).
-      bias: (B or 1, H, Q, N) float32.
+      bias: (B or 1, H or 1, Q or 1, N) float32.
 
     Returns:
       (B, H, Q, C) float32.
@@ -52,7 +52,7 @@ def attend(
         )
     logits = jnp.einsum("bhqc,bhkc->bhqk", q, k, **TO_F32)
     if bias is not None:
-        more = logits.shape[2] - queries
+        more = logits.shape[2] - queries if bias.shape[2] > 1 else 0
         logits += jnp.pad(bias, ((0, 0), (0, 0), (0, more), (0, padding)))
     if padding:
         logits = jnp.where(jnp.arange(keys + padding)[None, None, None] < keys, logits, -jnp.inf)
@@ -127,6 +127,30 @@ def attend_weighted(
     return (product(unscaled, v) + rest * v[:, :, :queries]) / total
 
 
+def attend_by_weight(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    at_least_one: bool,
+    form: Form,
+) -> jax.Array:
+    """`attend`, or `attend_weighted` where weights may be below 1: (B, H, Q, C) float32.
+
+    Args:
+      weight: (B, N) float32 or None.
+      at_least_one: whether no weight is below 1. A token then counts itself by its weight, and the
+        weights' logarithms are a bias like any other.
+    """
+    if weight is None:
+        return attend(q, k, v, form, bias)
+    if not at_least_one:
+        return attend_weighted(q, k, v, weight, bias)
+    logs = jnp.log(weight)[:, None, None]
+    return attend(q, k, v, form, logs if bias is None else bias + logs)
+
+
 def query_key_value(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, columns: slice, first: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -180,19 +204,19 @@ def class_logits(x: jax.Array, kernel: jax.Array, bias: jax.Array, num_heads: in
     return jnp.einsum("bhd,bnd->bhn", asked, x, **TO_F32)
 
 
-def with_all_heads(x, kernel, bias, weight, num_heads, first, form):
+def with_all_heads(x, kernel, bias, weight, num_heads, first, at_least_one, form):
     """Attention from one product for q, k and v, sliced after it. See `attention_branch`."""
     batch, length, width = x.shape
     qkv = (x @ kernel + bias[None, None]).reshape(batch, length, 3, num_heads, -1)
     # Scale q before the transpose; XLA fuses it into the copy.
     q = (qkv[:, :first, 0] * (width // num_heads) ** -0.5).transpose(0, 2, 1, 3)
     k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in (1, 2))
-    y = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
+    y = attend_by_weight(q, k, v, weight, None, at_least_one, form)
     row = jnp.einsum("bhc,bhkc->bhk", q[:, :, 0], k, **TO_F32)
     return heads_last(y.astype(x.dtype)), dict(q=q, k=k, v=v, row=row)
 
 
-def with_some_heads_at_a_time(x, kernel, bias, weight, num_heads, first, form):
+def with_some_heads_at_a_time(x, kernel, bias, weight, num_heads, first, at_least_one, form):
     """Attention from products of their own for q, k and v. See `attention_branch`.
 
     Everything between the products has its tokens outside, as a TPU reads and writes it.
@@ -201,7 +225,7 @@ def with_some_heads_at_a_time(x, kernel, bias, weight, num_heads, first, form):
     head_width = width // num_heads
     x = jax.lax.optimization_barrier(x)  # read many times: compute the norm before it once
     size = num_heads
-    if weight is None and length > form.lanes:
+    if (weight is None or at_least_one) and length > form.lanes:
         size = min(max(form.lanes // head_width, 1), num_heads)
 
     seen, parts = [], []
@@ -210,7 +234,7 @@ def with_some_heads_at_a_time(x, kernel, bias, weight, num_heads, first, form):
         three = query_key_value(x, kernel, bias, columns, first)
         q, k, v = (heads_first(tokens_outside(part), head_width) for part in three)
         q = q * head_width**-0.5
-        y = attend(q, k, v, form) if weight is None else attend_weighted(q, k, v, weight)
+        y = attend_by_weight(q, k, v, weight, None, at_least_one, form)
         seen.append(tokens_outside(heads_last(y.astype(x.dtype))))
         parts.append((q, k, v))
     q, k, v = (jnp.concatenate(some, axis=1) for some in zip(*parts, strict=True))
@@ -300,7 +324,7 @@ def attention_branch(
         y, parts = by_cudnn(*inputs, weight, num_heads)
     else:
         plain = with_all_heads if form.fused_qkv else with_some_heads_at_a_time
-        y, parts = plain(*inputs, weight, num_heads, first, form)
+        y, parts = plain(*inputs, weight, num_heads, first, at_least_one, form)
     projection = kernels[1]
     if y.shape[-1] != projection.shape[0]:
         projection = with_room(projection.T, num_heads).T
@@ -316,14 +340,12 @@ def attend_extended(
     at_least_one: bool = False,
     form: Form = EXACT,
 ) -> jax.Array:
-    """`attend`, or `attend_weighted` where there is a weight: (B, H, Q, C) in the dtype of v."""
+    """`attend_by_weight`, or cuDNN's kernel: (B, H, Q, C) in the dtype of v."""
     whole = q.shape == k.shape and bias is None
     if form.cudnn and whole and kernel_takes(heads_last(v), weight, v.shape[1], at_least_one):
         y = fused_gpu.attend(*(part.transpose(0, 2, 1, 3) for part in (q, k, v)), weight)
         return y.transpose(0, 2, 1, 3)
-    if weight is not None:
-        return attend_weighted(q, k, v, weight, bias).astype(v.dtype)
-    return attend(q, k, v, form, bias).astype(v.dtype)
+    return attend_by_weight(q, k, v, weight, bias, at_least_one, form).astype(v.dtype)
 
 
 class Attention(nn.Module):

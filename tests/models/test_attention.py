@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from evit_jax.errors import InputError
-from evit_jax.models.attention import Attention, attend_weighted
+from evit_jax.models.attention import Attention, attend_by_weight, attend_weighted
+from evit_jax.runtime.forms import EXACT, TPU, Form
 from evit_jax.tokens import Signals, softmax_weights
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 7, 2, 8
@@ -124,6 +125,20 @@ def test_a_tokens_own_weight_is_at_least_one(first):
     np.testing.assert_allclose(
         signals.received_attention(), maps.mean((1, 2)), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("form", [EXACT, TPU, Form(normalize_map=True, tile=8)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_weights_of_at_least_one_are_a_bias_like_any_other(form, biased):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, 11, 8)), jnp.float32) for _ in range(3))
+    weight = jnp.asarray(rng.integers(1, 20, (2, 11)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=(1, 3, 11, 11)), jnp.float32) if biased else None
+    got = attend_by_weight(q, k, v, weight, bias, True, form)
+    expected = attend_weighted(q, k, v, weight, bias)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    below = attend_by_weight(q, k, v, weight / 20, bias, False, form)
+    np.testing.assert_array_equal(below, attend_weighted(q, k, v, weight / 20, bias))
 
 
 def test_weights_of_keys_make_no_second_map():

@@ -75,11 +75,11 @@ def test_a_form_has_the_exact_gradient(name):
 def test_cudnns_kernel_takes_whole_blocks_without_weights(monkeypatch, first, weighted):
     taken = []
 
-    def kernel(q, k, v):
+    def kernel(q, k, v, _):
         taken.append(q.shape)
         return jax.nn.dot_product_attention(q, k, v, scale=1.0)
 
-    monkeypatch.setattr(fused_gpu, "attend", kernel)
+    monkeypatch.setattr(fused_gpu, "kernel", kernel)
     monkeypatch.setattr(fused_gpu, "has_cudnn", lambda x, num_heads: True)
     x, kernels, biases, weight = inputs(9)
     weight = weight if weighted else None

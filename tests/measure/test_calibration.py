@@ -175,7 +175,7 @@ def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
     ],
     ids=["features", "average", "map", "registers"],
 )
-def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, by, images):
+def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, images):
     model = build_model("vit", **SIZES | dict(depth=3) | changes)
     params = jax.tree.map(lambda a: 3 * a, init_params(model, jax.random.key(0)))
     reducer = default_method(model)

@@ -245,11 +245,12 @@ class Search:
         self.model = self.model.clone(reducer=self.model.reducer.learned(total))
 
     def resume(self, journal: str | Path | None) -> None:
-        """Goes on with a journal, if it is of the same model, reducer and images."""
+        """Goes on with a journal, if it is of the same model, reducer, images and distortion."""
         if journal is None:
             return
         self.journal = Path(journal)
-        digest = hashlib.sha256(repr(dataclasses.asdict(self.model.reducer)).encode())
+        about = self.distortion.__name__, dataclasses.asdict(self.model.reducer)
+        digest = hashlib.sha256(repr(about).encode())
         for _, answers in self.starts:  # rounded: they depend on the number of threads
             digest.update(np.round(np.asarray(answers[0], np.float64), 2).tobytes())
         self.header = dict(calibration=digest.hexdigest())

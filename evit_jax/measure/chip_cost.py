@@ -46,7 +46,7 @@ class ChipCost:
         Raises:
           InputError: the dense model does not fit into the chip.
         """
-        self.target, self.batch_size = target, batch_size
+        self.target, self.batch_size, self.dtype = target, batch_size, model.dtype
         dense = model.clone(keep=())
         most = dense.prefix + dense.patches
         tokens = range(TILE, most + TILE, TILE)
@@ -63,13 +63,22 @@ class ChipCost:
             self.outside = self.dense.cost - self(dense)
             if reduced is not None:
                 progress(total - 1, total)
-                more = self.whole(reduced).cost - self(reduced)
-                self.each = max(more, 0.0) / sum(entering(reduced))
+                self.fit(reduced)
         progress(total, total)
 
+    def fit(self, model) -> Estimate:
+        """Sets the reducer's own part so that this model costs what its whole program does.
+
+        Returns:
+          what the compiler expects of that.
+        """
+        self.each, estimate = 0.0, self.whole(model)
+        self.each = max(estimate.cost - self(model), 0.0) / sum(entering(model))
+        return estimate
+
     def whole(self, model) -> Estimate:
-        """What the compiler expects of a whole model."""
-        estimate = self.target.logits(model, self.batch_size)
+        """What the compiler expects of a whole model, in the dtype of the one it began with."""
+        estimate = self.target.logits(model.clone(dtype=self.dtype), self.batch_size)
         if estimate.cost is None:
             raise InputError(
                 f"the model does not fit into a {self.target.name} at batch size "

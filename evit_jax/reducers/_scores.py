@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from evit_jax.errors import check_name
-from evit_jax.tokens import Signals, Tokens
+from evit_jax.plan.counts import Entry
+from evit_jax.tokens import Reducer, Signals, Tokens
 
 
 def value(signals: Signals) -> jax.Array:
@@ -42,9 +43,20 @@ SCORES = {
 OF_CLASS_TOKEN = ("class", "class_value")
 
 
-def check_score(by: str, kind: str = "score") -> None:
-    """Raises InputError for a score that does not exist, naming the closest one."""
-    check_name(kind, by, SCORES)
+class Ranks(Reducer):
+    """Base of the methods that rank patches by a score, which their field `by` names."""
+
+    by: str
+
+    def __post_init__(self):
+        check_name("score", self.by, SCORES)
+
+    @property
+    def reads_class_token(self) -> bool:
+        return self.by in OF_CLASS_TOKEN
+
+    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
+        return map_macs(self.by, n, prefix, width)
 
 
 def importance(by: str, tokens: Tokens, signals: Signals) -> jax.Array:

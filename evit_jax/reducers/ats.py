@@ -11,18 +11,16 @@ import jax.numpy as jnp
 
 from evit_jax.plan.counts import Entry
 from evit_jax.reducers._scores import (
-    OF_CLASS_TOKEN,
     SCORES,
-    check_score,
+    Ranks,
     class_value,
-    map_macs,
     value,
 )
-from evit_jax.tokens import F32, Reducer, Signals, Tokens, drop, follow
+from evit_jax.tokens import F32, Signals, Tokens, drop, follow
 
 
 @dataclasses.dataclass(frozen=True)
-class ATS(Reducer):
+class ATS(Ranks):
     """Has K slots for patch tokens, of which an image fills as many as it samples.
 
     The score of token j is its share of the sum over heads of a_hj ||v_hj||, a_hj the class token's
@@ -43,16 +41,6 @@ class ATS(Reducer):
     # What is multiplied by the norm of the values: another of Top-K's scores in place of the mean
     # of a_hj, for a model without a class token; then that of all heads.
     by: str = "class"
-
-    def __post_init__(self):
-        check_score(self.by)
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
-
-    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
-        return map_macs(self.by, n, prefix, width)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth // 4, depth))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from evit_jax.errors import InputError, check_name
 from evit_jax.plan.counts import Entry, Keep
 from evit_jax.reducers._merging import cosines, merge, total
-from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
-from evit_jax.tokens import Reducer, Signals, Tokens, drop
+from evit_jax.reducers._scores import Ranks, best, importance, map_macs
+from evit_jax.tokens import Signals, Tokens, drop
 
 # Name of a DeiT and its 10^9 multiply-accumulates, as printed -> what the authors' search found for
 # its 12 blocks at 196 patches: tokens to prune to, and tokens to merge to, class token included.
@@ -54,7 +54,7 @@ PUBLISHED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffRate(Reducer):
+class DiffRate(Ranks):
     """Sorts patch tokens by class attention, drops the last, merges the next to last.
 
     `keep` is (P, M): the P most attended tokens stay, and of these the last P - M are each merged
@@ -82,13 +82,9 @@ class DiffRate(Reducer):
     by: str = "class"  # the score, one of Top-K's; others need no class token
 
     def __post_init__(self):
-        check_score(self.by)
+        super().__post_init__()
         if self.budget:
             check_name("budget of diffrate", self.budget, PUBLISHED)
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(1, depth))

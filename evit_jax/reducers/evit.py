@@ -8,15 +8,15 @@ import jax.numpy as jnp
 
 from evit_jax.errors import check_name
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
-from evit_jax.tokens import F32, Reducer, Signals, Tokens, destinations, drop, follow
+from evit_jax.reducers._scores import Ranks, best, importance
+from evit_jax.tokens import F32, Signals, Tokens, destinations, drop, follow
 
 TINY = jnp.finfo(F32).tiny
 SMALLEST = 1e-9  # of a score, so that scores of zero still make a mean
 
 
 @dataclasses.dataclass(frozen=True)
-class EViT(Reducer):
+class EViT(Ranks):
     """Keeps the K patch tokens with the highest class attention, in descending order of it.
 
     Ties go to the lower index. With `fuse` the others become one token appended last, the sum of
@@ -37,18 +37,11 @@ class EViT(Reducer):
 
     def __post_init__(self):
         check_name("evit's fused_at", self.fused_at, ("mean", "strongest"))
-        check_score(self.by)
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
+        super().__post_init__()
 
     @property
     def extra(self) -> int:
         return int(self.fuse)
-
-    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
-        return map_macs(self.by, n, prefix, width)
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         if self.by == "class":

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from evit_jax.errors import InputError
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
+from evit_jax.reducers._scores import Ranks, best, importance, map_macs
 from evit_jax.reducers.dpcknn import squared_distances
-from evit_jax.tokens import Reducer, Signals, Tokens, drop
+from evit_jax.tokens import Signals, Tokens, drop
 
 
 @dataclasses.dataclass(frozen=True)
-class KMedoids(Reducer):
+class KMedoids(Ranks):
     """Clusters n patch tokens and keeps the medoid of each cluster, as it is; the rest is dropped.
 
     With weights w_i, by default class attention, the first medoids are the K tokens of the highest
@@ -36,13 +36,9 @@ class KMedoids(Reducer):
     upstream: bool = False  # the public code's objective
 
     def __post_init__(self):
-        check_score(self.by)
+        super().__post_init__()
         if self.iterations < 0:
             raise InputError(f"kmedoids' iterations is a number from 0 up, got {self.iterations}")
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
         return n**2 * width + map_macs(self.by, n, prefix, width)

@@ -8,12 +8,12 @@ EViT without the fused token.
 import dataclasses
 
 from evit_jax.plan.counts import Entry
-from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
-from evit_jax.tokens import Reducer, Signals, Tokens, drop
+from evit_jax.reducers._scores import Ranks, best, importance
+from evit_jax.tokens import Signals, Tokens, drop
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(Reducer):
+class TopK(Ranks):
     """Keeps the K patch tokens with the highest score, in descending order of it.
 
     Ties go to the lower index. With a_hj the class token's attention to token j in head h, k_hj and
@@ -31,16 +31,6 @@ class TopK(Reducer):
     """
 
     by: str = "class"
-
-    def __post_init__(self):
-        check_score(self.by)
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
-
-    def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
-        return map_macs(self.by, n, prefix, width)
 
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         return drop(tokens, best(importance(self.by, tokens, signals), tokens, keep))

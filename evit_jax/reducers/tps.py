@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from evit_jax.plan.counts import Entry
 from evit_jax.reducers._merging import merge
-from evit_jax.reducers._scores import OF_CLASS_TOKEN, best, check_score, importance, map_macs
-from evit_jax.tokens import F32, Reducer, Signals, Tokens, drop
+from evit_jax.reducers._scores import Ranks, best, importance, map_macs
+from evit_jax.tokens import F32, Signals, Tokens, drop
 
 
 @dataclasses.dataclass(frozen=True)
-class TPS(Reducer):
+class TPS(Ranks):
     """Keeps the K patch tokens with the highest class attention and squeezes each other into one.
 
     A pruned token p goes to the kept token k to which its cosine is largest, and of those that go
@@ -35,13 +35,6 @@ class TPS(Reducer):
     """
 
     by: str = "class"  # the score, one of Top-K's; others need no class token
-
-    def __post_init__(self):
-        check_score(self.by)
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
         return (n - keep) * keep * width + map_macs(self.by, n, prefix, width)

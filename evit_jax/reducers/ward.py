@@ -18,8 +18,8 @@ import numpy as np
 
 from evit_jax.plan.counts import Entry
 from evit_jax.reducers._merging import cosines, first_least, merge, moments, rank
-from evit_jax.reducers._scores import OF_CLASS_TOKEN, SCORES, check_score, map_macs
-from evit_jax.tokens import F32, Reducer, Signals, Tokens, take
+from evit_jax.reducers._scores import SCORES, Ranks, map_macs
+from evit_jax.tokens import F32, Signals, Tokens, take
 
 SMALLEST = 1e-6  # of a distance, so that equal tokens are joined in the order of their masses
 TINY = 1e-9  # of a score relative to the mean, whose logarithm is taken
@@ -29,7 +29,7 @@ RIDGE = 30.0  # of the probe's regression
 
 
 @dataclasses.dataclass(frozen=True)
-class Ward(Reducer):
+class Ward(Ranks):
     """Merges n patch tokens into K, each removed one into the kept one that costs least.
 
     The mass of a token is its score plus `floor` of its size, each relative to the mean over
@@ -55,13 +55,6 @@ class Ward(Reducer):
     # From `calibrate`, 1 + D numbers for each block: the logarithm of the mass per size is that of
     # the score per size times the first, plus the normalized token times the others.
     probe: tuple[tuple[float, ...], ...] = dataclasses.field(default=(), repr=False)
-
-    def __post_init__(self):
-        check_score(self.by, "ward's by")
-
-    @property
-    def reads_class_token(self) -> bool:
-        return self.by in OF_CLASS_TOKEN
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))

@@ -4,7 +4,7 @@
 python -m evit_jax.tools.evaluate --model=deit_tiny_patch16_224 --weights=FILE --data=FOLDER \\
     [--classes=FILE.json] [--keep_rate=1,0.7] [--reducer=evit | evit:fuse=False | tome:r=13] \\
     [--layers=3,6,9] [--multiple_of=1,8]
-python -m evit_jax.tools.evaluate --model=vit_small_patch14_dinov2 --weights=FILE --data=FOLDER \
+python -m evit_jax.tools.evaluate --model=vit_small_patch14_dinov2 --weights=FILE --data=FOLDER \\
     --knn=LABELED_FOLDER [--neighbors=20] [--temperature=0.07]
 python -m evit_jax.tools.evaluate --workdir=runs/digits      what a training run left, dense and as
                                                              trained, on the run's own test images
@@ -71,15 +71,15 @@ def arguments() -> argparse.Namespace:
     return flags
 
 
-def open_data(flags: argparse.Namespace, spec: ModelSpec, labeled=None):
-    """The images of --data, else of the run, with labels in the order of the model's classes.
+def open_data(flags: argparse.Namespace, spec: ModelSpec, classes):
+    """The images of --data, else of the run, with labels in the order of these class names.
 
-    With `labeled`, the source of --knn, that is the order of its classes.
+    Args:
+      classes: None for those of --classes, or of the run.
     """
     if flags.data:
-        classes = flags.classes or (spec.config and spec.config["data"]["classes"])
-        classes = labeled.classes if labeled else classes
-        return open_folder(flags.data, "test", classes)
+        known = flags.classes or (spec.config and spec.config["data"]["classes"])
+        return open_folder(flags, flags.data, "test", classes or known)
     if spec.config is None:
         raise InputError("--data=FOLDER is needed: class folders, their parent, or a TFDS set")
     return open_test_data(spec.config, classes=flags.classes)
@@ -87,17 +87,22 @@ def open_data(flags: argparse.Namespace, spec: ModelSpec, labeled=None):
 
 def open_labeled(flags: argparse.Namespace):
     """The images of --knn: those in train/, or of the class folders."""
-    train = Path(flags.knn).expanduser() / "train"
-    tfds = not train.is_dir() and any(train.parent.glob("**/dataset_info.json"))
-    return open_folder(flags.knn, "train" if train.is_dir() or tfds else "test", flags.classes)
+    folder = Path(flags.knn).expanduser()
+    train = (folder / "train").is_dir() or is_tfds(folder)
+    return open_folder(flags, flags.knn, "train" if train else "test", flags.classes)
 
 
-def open_folder(path: str, split: str, classes):
-    """A folder of class folders, or a TFDS set."""
+def open_folder(flags: argparse.Namespace, path: str, split: str, classes):
+    """A folder of class folders, or a TFDS set, which brings its own classes."""
     folder = Path(path).expanduser()
-    if folder.is_dir() and any(folder.glob("**/dataset_info.json")):
-        return open_source("tfds", split, str(folder), classes=classes)
+    if is_tfds(folder):
+        return open_source("tfds", split, str(folder), classes=flags.classes)
     return open_source("folder", split, str(folder), classes=classes)
+
+
+def is_tfds(folder: Path) -> bool:
+    """Whether a folder holds a set prepared by tensorflow-datasets."""
+    return folder.is_dir() and any(folder.glob("**/dataset_info.json"))
 
 
 def default_rates(spec: ModelSpec) -> tuple[float | None, ...]:
@@ -126,12 +131,18 @@ def main() -> None:
     model = variants[0]
 
     labeled = open_labeled(flags) if flags.knn else None
-    source = open_data(flags, spec, labeled)
+    source = open_data(flags, spec, labeled and labeled.classes)
     trained_on = {} if flags.data or spec.config is None else spec.config["data"]
     if len(source.classes) != model.num_classes and not (trained_on or labeled):
         raise InputError(  # training takes fewer as well
             f"the data has {len(source.classes)} classes and the model {model.num_classes}; "
             "--classes=FILE, a JSON list of all of the model's, says which folder is which"
+        )
+
+    if labeled and tuple(source.classes) != tuple(labeled.classes):
+        raise InputError(
+            f"{flags.knn} has {len(labeled.classes)} classes and the test images "
+            f"{len(source.classes)}, and not the same ones: they have to be for --knn"
         )
 
     def batches_of(source):

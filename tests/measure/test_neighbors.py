@@ -8,9 +8,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from evit_jax.data import open_source, pipeline
+from evit_jax.errors import InputError
 from evit_jax.measure.neighbors import NearestNeighbors, encode
 from evit_jax.models import build_model, init_params
 from evit_jax.models.card import Preprocessing
@@ -18,6 +20,7 @@ from evit_jax.runtime.parallel import DataParallel
 from evit_jax.tools import evaluate
 from evit_jax.weights.files import write_safetensors
 from evit_jax.weights.names import tensors_from_params
+from tests.support.trained_run import make_run
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=3, num_heads=2)
 MODEL = build_model("vit", **SIZES, num_classes=0)
@@ -102,3 +105,12 @@ def test_evaluate_classifies_by_the_neighbors_of_a_labeled_folder(tmp_path, monk
     assert [row["top1"] for row in results] == [1.0, 1.0]
     assert [row["tokens"][-1] for row in results] == [17, 14]
     assert all(0 <= row["loss"] < math.log(3) for row in results)
+
+
+def test_labeled_images_of_other_classes_are_refused(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", checkpoint=False)  # on digits
+    folder(tmp_path / "labeled", 1, seed=1)
+    flags = [f"--workdir={tmp_path}/run", f"--knn={tmp_path}/labeled"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *flags])
+    with pytest.raises(InputError, match="has 3 classes and the test images 10, and not the same"):
+        evaluate.main()

@@ -168,5 +168,5 @@ def test_equal_tokens_are_joined_without_loss():
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(InputError, match="unknown ward's by 'clas'; did you mean 'class'"):
+    with pytest.raises(InputError, match="unknown score 'clas'; did you mean 'class'"):
         create_reducer("ward:by=clas")

@@ -9,11 +9,13 @@ from PIL import Image
 
 from evit_jax.errors import InputError
 from evit_jax.measure import latency
+from evit_jax.measure.chip_cost import ChipCost, entering
 from evit_jax.models import build_model, init_params
 from evit_jax.plan.flops import macs
 from evit_jax.tools import calibrate
 from evit_jax.weights.files import write_safetensors
 from evit_jax.weights.names import tensors_from_params
+from tests.measure.test_chip_cost import Blocks
 
 NAME = "vit:image_size=16,patch_size=4,width=16,depth=3,num_heads=2,num_classes=3"
 
@@ -111,3 +113,51 @@ def test_bad_flags_say_what_to_do(folder, monkeypatch, flag, message):
     monkeypatch.setattr(sys, "argv", ["calibrate", *flags, "--share=0.5", flag])
     with pytest.raises(InputError, match=message):
         calibrate.main()
+
+
+def test_a_plan_for_a_chip_is_searched_for_again_until_its_whole_program_fits(
+    folder, monkeypatch, capsys
+):
+    class Slow(Blocks):
+        """A method that learned something costs much more on it than one that did not."""
+
+        unit, compiler, compiled = "cycles", "none", []
+
+        def logits(self, model, batch_size):
+            self.compiled.append(model)
+            return super().logits(model, batch_size)
+
+    def surprise(model):
+        return 2500 * sum(entering(model)) if model.reducer.probe else 0
+
+    chip = Slow(8, surprise)
+    monkeypatch.setattr(calibrate, "Target", lambda name: chip)
+    monkeypatch.setattr(calibrate, "price", price_with(chip))
+    found = run(
+        monkeypatch,
+        capsys,
+        f"--model={NAME}",
+        f"--weights={folder}/w.safetensors",
+        f"--images={folder}/images",
+        "--share=0.8",
+        "--chip=v6e",
+        "--sweeps=0",
+        "--batch_size=5",
+    )
+    reduced = [model for model in chip.compiled if model.reducer.probe]
+    dense = chip.logits(reduced[0].clone(keep=()), 2).cost
+    costs = [chip.logits(model, 2).cost / dense for model in reduced]
+    assert costs[0] > 0.8 * (1 + calibrate.SLACK)  # by the first prices
+    assert costs[-1] <= 0.8 * (1 + calibrate.SLACK)
+    assert found["estimate"]["cycles"] == round(costs[-1] * dense)
+    assert found["tokens_per_block"] == list(reduced[-1].tokens_per_block)
+    assert all(tokens % 8 == 0 for tokens in found["tokens_per_block"] if tokens < 17)
+    assert found["chip"] == "v6e"
+
+
+def price_with(chip):
+    def price(flags, dense, layers, target, share):
+        assert (flags.chip, target, share) == ("v6e", chip, 0.8)
+        return ChipCost(dense, target, 2)
+
+    return price

@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
     return flags
 
 
-def open_data(flags: argparse.Namespace, spec: ModelSpec, classes):
+def open_data(flags: argparse.Namespace, spec: ModelSpec, classes=None):
     """The images of --data, else of the run, with labels in the order of these class names.
 
     Args:

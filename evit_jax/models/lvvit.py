@@ -163,10 +163,10 @@ class LVViT(ViT):
         return x, dict(patch_embed=statistics) if train else {}
 
 
-def published(*, parameters: int, crop: float, **settings) -> dict[str, Any]:
+def published(*, parameters: int, crop: float, filters: int = 64, **settings) -> dict[str, Any]:
     """An entry of VARIANTS in the form of names.json."""
     card = dict(crop=crop, interpolation="bicubic", statistics="imagenet")
-    settings |= dict(position_resize="bicubic")
+    settings |= dict(filters=filters, position_resize="bicubic")
     return dict(settings=settings, parameters=parameters, tags={"": card})
 
 

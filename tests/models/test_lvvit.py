@@ -12,6 +12,7 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, create_model, init_params, preprocessing
+from evit_jax.models.likeness import looks_like
 from evit_jax.models.vit import swapped
 from evit_jax.plan.flops import macs
 from evit_jax.training.losses import cross_entropy
@@ -144,6 +145,16 @@ def test_files_of_the_authors_come_out_as_they_went_in(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+def test_weights_look_like_the_model_that_they_are_of():
+    model = build_model("lvvit_t", depth=1)
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params)
+    tensors = tensors_from_params(empty, model)
+    assert looks_like(tensors, model) == ""
+    other = build_model("deit_tiny_patch16_224")
+    assert looks_like(tensors, other) == "; these look like weights of lvvit_t"
+
+
 def test_positions_and_heads_of_a_file_follow_the_model():
     model, params = load(image_size=(48, 32), num_classes=0)
     assert params["pos_embed"].shape == (1, 25, 16)
@@ -163,9 +174,12 @@ def test_positions_and_heads_of_a_file_follow_the_model():
     ],
 )
 def test_published_sizes_and_costs(name, parameters, cost):
-    model = build_model(name)
-    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    assert sum(leaf.size for leaf in learned(params).values()) == parameters
+    model, one = build_model(name), build_model(name, depth=1)
+    params = jax.eval_shape(lambda key: init_params(one, key), jax.random.key(0))
+    whole, block = (
+        sum(leaf.size for leaf in learned(tree).values()) for tree in (params, params["blocks_0"])
+    )
+    assert whole + (model.depth - 1) * block == parameters
     assert macs(model) == pytest.approx(cost, rel=0.02)
     assert preprocessing(name).crop == (0.9 if name in ("lvvit_t", "lvvit_s") else 1.0)
 

@@ -16,13 +16,14 @@ def of_settings(settings: Mapping[str, Any]) -> Traits:
     """What tells models apart and can be seen in their weights."""
     patch = settings.get("patch_size", 16)
     patch = patch if isinstance(patch, int) else patch[0]
-    convolutions = "filters" in settings  # before what embeds patches (LV-ViT)
+    # What embeds patches: by themselves, after convolutions (LV-ViT), step by step (T2T-ViT).
+    stem = "convolutions" if "filters" in settings else settings.get("token_layer", "patches")
     prefix = dict(class_token=True, distilled=False, registers=0)
     return dict(
         width=settings["width"],
         depth=settings["depth"],
-        patch=patch // 2 if convolutions else patch,
-        convolutions=convolutions,
+        patch=patch // 2 if stem == "convolutions" else patch,
+        stem=stem,
         prefix=tuple(settings.get(name, value) for name, value in prefix.items()),
         positions=settings.get("absolute_positions", True),
         layer_scale=settings.get("layer_scale") is not None,
@@ -34,7 +35,14 @@ def of_settings(settings: Mapping[str, Any]) -> Traits:
 
 def of_tensors(tensors: Mapping[str, np.ndarray]) -> Traits | None:
     """The same of weights by timm's names; None where they are of no Vision Transformer."""
-    patches = tensors.get("patch_embed.proj.weight")
+    patches, stem = tensors.get("patch_embed.proj.weight"), "patches"
+    if "patch_embed.conv1.weight" in tensors:
+        stem = "convolutions"
+    if "tokens_to_token.project.weight" in tensors:
+        kqv = "tokens_to_token.attention1.kqv.weight" in tensors
+        stem = "performer" if kqv else "transformer"
+        patches = tensors["tokens_to_token.project.weight"]
+        patches = np.broadcast_to(patches[:, :1, None, None], (len(patches), 3, 16, 16))
     blocks = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
     if patches is None or patches.ndim != 4 or not blocks:
         return None
@@ -48,7 +56,7 @@ def of_tensors(tensors: Mapping[str, np.ndarray]) -> Traits | None:
         width=patches.shape[0],
         depth=1 + max(blocks),
         patch=patches.shape[2],
-        convolutions="patch_embed.conv1.weight" in tensors,
+        stem=stem,
         prefix=("cls_token" in tensors, "dist_token" in tensors, registers),
         positions="pos_embed" in tensors,
         layer_scale=any("gamma" in name for name in tensors),

@@ -156,7 +156,10 @@ class LVViT(ViT):
     def block_settings(self, number: int) -> dict[str, Any]:
         return super().block_settings(number) | dict(branch_scale=self.branch_scale)
 
-    def stem(self, images: jax.Array, train: bool) -> tuple[jax.Array, dict]:
+    def stem(
+        self, images: jax.Array, train: bool, rngs: jax.Array | None
+    ) -> tuple[jax.Array, dict]:
+        del rngs
         module = nn.remat(ConvStem, static_argnums=(2,)) if self.remat else ConvStem
         stem = module(self.width, self.filters, self.patch_size, self.dtype, name="patch_embed")
         x, statistics = stem(images, train)

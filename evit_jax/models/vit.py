@@ -88,7 +88,7 @@ class ViT(Backbone):
         rngs = None
         if train and (self.dropout_rate or self.drop_path_rate or self.has_rng("dropout")):
             rngs = self.image_rngs(images.shape[0], index)
-        x, statistics = self.stem(images, train)
+        x, statistics = self.stem(images, train, fold(rngs, self.depth + 1))
         if swap is not None:
             x = swapped(x, swap)
         tokens = self.embed(x, fold(rngs, self.depth))
@@ -237,9 +237,11 @@ class ViT(Backbone):
         out["dense"] = unmerge(normed, tokens.owner, prefix=self.prefix)
         return logits, out
 
-    def stem(self, images: jax.Array, train: bool) -> tuple[jax.Array, dict]:
+    def stem(
+        self, images: jax.Array, train: bool, rngs: jax.Array | None
+    ) -> tuple[jax.Array, dict]:
         """Patches (B, P, D) in the compute dtype, without positions, and `out["statistics"]`."""
-        del train
+        del train, rngs
         pixels = 3 * math.prod(self.patch_size)
 
         # DeiT leaves this layer at PyTorch's default for convolutions: uniform in
@@ -273,11 +275,7 @@ class ViT(Backbone):
             for name, count in counts.items()
             if count
         ]
-        positions = None
-        if self.absolute_positions:
-            positions = self.param(
-                "pos_embed", weight_init, (1, self.placed_prefix + self.patches, self.width)
-            )
+        positions = self.positions() if self.absolute_positions else None
         if self.absolute_positions and self.no_embed_class:
             x = x + positions.astype(self.dtype)
         prefix = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in prefix]
@@ -295,6 +293,11 @@ class ViT(Backbone):
             ),
             prefix=self.prefix,
         )
+
+    def positions(self) -> jax.Array:
+        """The positions (1, placed_prefix + P, D) float32."""
+        shape = 1, self.placed_prefix + self.patches, self.width
+        return self.param("pos_embed", weight_init, shape)
 
 
 def swapped(x: jax.Array, swap: jax.Array) -> jax.Array:

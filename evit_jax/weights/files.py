@@ -24,7 +24,8 @@ from evit_jax.errors import InputError
 from evit_jax.weights.torch_pickle import MAX_DIMENSIONS, Machine, Refused, Tensor
 
 INDEX = "model.safetensors.index.json"
-NESTED = ("model", "state_dict", "module", "encoder", "teacher")  # where state dicts are
+# Where state dicts are; the average of weights before these, as timm and T2T-ViT evaluate it.
+NESTED = ("model", "state_dict_ema", "state_dict", "module", "encoder", "teacher")
 MAX_DIRECTORY = 16 << 20  # bytes of a zip file's directory; a thousand tensors need 100 KB
 MAX_UNPACKED = 16 << 30
 MAX_RATIO = 1000
@@ -41,8 +42,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """A .safetensors, PyTorch (.pth, .pt, .bin) or .npz file's tensors by name, read-only.
 
     The content decides which it is. Of a PyTorch training checkpoint it is the state dict under
-    `model`, else `state_dict`, `module`, `encoder` or `teacher`, else the whole. Of a folder it is
-    model.safetensors, or the parts that model.safetensors.index.json lists.
+    `model`, else `state_dict_ema`, `state_dict`, `module`, `encoder` or `teacher`, else the whole.
+    Of a folder it is model.safetensors, or the parts that model.safetensors.index.json lists.
     """
     path = Path(path)
     try:

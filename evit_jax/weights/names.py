@@ -39,7 +39,8 @@ def timm_name(path: tuple[str, ...]) -> str:
     *parts, leaf = path
     if len(parts) == 1:
         parts = [(STEM | HEADS).get(parts[0], parts[0])]
-    return ".".join([*(part.replace("s_", "s.") for part in parts), LEAVES.get(leaf, leaf)])
+    parts = [re.sub(r"^(blocks|mlp)_(?=\d)", r"\1.", part) for part in parts]
+    return ".".join([*parts, LEAVES.get(leaf, leaf)])
 
 
 def to_torch(path: tuple[str, ...], array: np.ndarray, model) -> np.ndarray:

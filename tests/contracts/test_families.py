@@ -30,10 +30,11 @@ NAMES = (
     "vit_pe_core_tiny_patch16_384",
     "beit_base_patch16_224",
     "lvvit_t",
+    "t2t_vit_7",
 )
 SIZES = dict(image_size=(16, 20), patch_size=4, width=32, depth=2, num_heads=2, num_classes=0)
+OTHER_SIZES = dict(t2t_vit_7=dict(image_size=(64, 80), patch_size=16, token_width=8))
 PATCHES, BATCH = 20, 2
-IMAGES = np.random.default_rng(0).normal(size=(BATCH, 16, 20, 3)).astype(np.float32)
 # Method -> its spec, and that for models without a class token.
 METHODS = dict(
     evit=("evit", "evit:by=mean"),
@@ -45,16 +46,27 @@ METHODS = dict(
 every_family = pytest.mark.parametrize("name", NAMES)
 
 
+def build(name, **settings):
+    return build_model(name, **SIZES | OTHER_SIZES.get(name, {}) | settings)
+
+
+def apply(model, params):
+    """What a model computes of the same random images."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(BATCH, *model.image_size, 3)).astype(np.float32)
+    return jax.jit(model.apply)({"params": params}, images)
+
+
 @functools.cache
 def family(name):
     """The dense model of a name, its parameters, and what it computes."""
-    model = build_model(name, **SIZES)
+    model = build(name)
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     leaves = [leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
     params = jax.tree.unflatten(tree, leaves)
-    return model, params, jax.jit(model.apply)({"params": params}, IMAGES)
+    return model, params, apply(model, params)
 
 
 @every_family
@@ -62,8 +74,8 @@ def family(name):
 def test_the_planned_tokens_come_out_and_the_prefix_is_untouched(name, method):
     dense, params, (_, expected) = family(name)
     spec = METHODS[method][0 if dense.class_token else 1]
-    model = build_model(name, reducer=spec, tokens=(12, 7), layers=(0, 1), **SIZES)
-    pooled, out = jax.jit(model.apply)({"params": params}, IMAGES)
+    model = build(name, reducer=spec, tokens=(12, 7), layers=(0, 1))
+    pooled, out = apply(model, params)
     prefix = model.prefix
     assert [x.shape[1] for x in out["blocks"]] == list(model.tokens_per_block)
     extra = model.reducer.extra
@@ -103,7 +115,7 @@ class Reorder(Reducer):
 def test_the_order_of_patches_makes_no_difference(name):
     dense, params, (expected, out) = family(name)
     model = dense.clone(reducer=Reorder(), keep=(PATCHES - 1,) * 2)
-    pooled, reordered = jax.jit(model.apply)({"params": params}, IMAGES)
+    pooled, reordered = apply(model, params)
     assert (np.asarray(reordered["owner"][0]) != np.arange(PATCHES)).any()
     np.testing.assert_allclose(pooled, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(

@@ -36,6 +36,7 @@ EXAMPLES = (
     "eva_giant_patch14_224",
     "flexivit_small",
     "lvvit_t",
+    "t2t_vit_7",
     "vit_base_patch16_clip_quickgelu_224",
     "vit_base_patch16_siglip_224",
     "vit_base_patch16_siglip_gap_224",

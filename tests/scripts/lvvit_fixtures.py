@@ -38,40 +38,21 @@ REDUCING, RATE = (1, 2, 3), 0.7
 OURS = [0, 2, 3, 1]  # their image b is our image OURS[b]
 
 
-def stand_in(name: str, **attributes) -> None:
-    """A module for what their files import and this script does not use."""
-    sys.modules[name] = types.SimpleNamespace(**attributes)
+def imported(folder: str, *names: str) -> list:
+    """Modules of a checkout that wants a timm with modules of other names."""
+    import timm.layers
 
-
-def reference(folder: str):
-    """Their modules of the model and the loss, with what newer timm lacks, and our box."""
-    from timm.layers import DropPath, to_2tuple, trunc_normal_
-
-    stand_in("timm.models.helpers", load_pretrained=None)
-    stand_in("timm.models.registry", register_model=lambda function: function)
-    stand_in(
-        "timm.models.layers", DropPath=DropPath, to_2tuple=to_2tuple, trunc_normal_=trunc_normal_
-    )
+    unused = types.SimpleNamespace(load_pretrained=None, register_model=lambda function: function)
+    for name, module in dict(helpers=unused, registry=unused, layers=timm.layers).items():
+        sys.modules[f"timm.models.{name}"] = module
     sys.path.insert(0, folder)
-    model = importlib.import_module("tlt.models.lvvit")
-    model.rand_bbox = lambda size, lam: BOX
-    return model, importlib.import_module("tlt.loss.cross_entropy")
+    return [importlib.import_module(name) for name in names]
 
 
-def randomized(module):
-    """Their model as small as SIZES says, every number of it random."""
+def randomize(model):
+    """Draws all of a model's state in place, in numbers that float16 holds, and returns it."""
     import torch
 
-    model = module.LV_ViT(
-        img_size=SIZES["image_size"], patch_size=SIZES["patch_size"], embed_dim=SIZES["width"],
-        depth=SIZES["depth"], num_heads=SIZES["num_heads"], num_classes=SIZES["num_classes"],
-        mlp_ratio=3.0, skip_lam=SKIP, return_dense=True, mix_token=True,
-    )  # fmt: skip
-    stem, conv, half = model.patch_embed, torch.nn.Conv2d, SIZES["patch_size"] // 2
-    stem.conv1 = conv(3, FILTERS, 7, stride=2, padding=3, bias=False)
-    stem.conv2, stem.conv3 = (conv(FILTERS, FILTERS, 3, padding=1, bias=False) for _ in range(2))
-    stem.bn1, stem.bn2, stem.bn3 = (torch.nn.BatchNorm2d(FILTERS) for _ in range(3))
-    stem.proj = conv(FILTERS, SIZES["width"], half, stride=half)
     rng = np.random.default_rng(0)
     state = model.state_dict()
     for name, tensor in state.items():
@@ -87,7 +68,24 @@ def randomized(module):
         else:
             values = 0.3 * values
         tensor.copy_(values.half())
-    return model.double(), state
+    return state
+
+
+def small_one(module):
+    """Their model as small as SIZES says."""
+    import torch
+
+    model = module.LV_ViT(
+        img_size=SIZES["image_size"], patch_size=SIZES["patch_size"], embed_dim=SIZES["width"],
+        depth=SIZES["depth"], num_heads=SIZES["num_heads"], num_classes=SIZES["num_classes"],
+        mlp_ratio=3.0, skip_lam=SKIP, return_dense=True, mix_token=True,
+    )  # fmt: skip
+    stem, conv, half = model.patch_embed, torch.nn.Conv2d, SIZES["patch_size"] // 2
+    stem.conv1 = conv(3, FILTERS, 7, stride=2, padding=3, bias=False)
+    stem.conv2, stem.conv3 = (conv(FILTERS, FILTERS, 3, padding=1, bias=False) for _ in range(2))
+    stem.bn1, stem.bn2, stem.bn3 = (torch.nn.BatchNorm2d(FILTERS) for _ in range(3))
+    stem.proj = conv(FILTERS, SIZES["width"], half, stride=half)
+    return model
 
 
 def block_of(block, x, keep: int | None):
@@ -96,12 +94,13 @@ def block_of(block, x, keep: int | None):
 
     batch, count, _ = x.shape
     inner, entering = block.attn, block.norm1(x)
-    qkv = inner.qkv(entering).reshape(batch, count, 3, inner.num_heads, inner.head_dim)
+    skip = getattr(block, "skip_lam", 1.0)
+    qkv = inner.qkv(entering).reshape(batch, count, 3, inner.num_heads, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
     scores = (
         ((q[:, :, :1] @ k.transpose(-2, -1)) * inner.scale).softmax(dim=-1)[:, :, 0, 1:].mean(1)
     )
-    x, order = x + inner(entering) / block.skip_lam, None
+    x, order = x + inner(entering) / skip, None
     if keep is not None:
         patches = x[:, 1:]
         order = scores.argsort(dim=1, descending=True)
@@ -111,22 +110,21 @@ def block_of(block, x, keep: int | None):
         shares = torch.take_along_dim(scores, rest, 1)[..., None]
         fused = (others * shares).sum(dim=1, keepdim=True)
         x, order = torch.cat([x[:, :1], picked, fused], dim=1), chosen
-    return x + block.mlp(block.norm2(x)) / block.skip_lam, order
+    return x + block.mlp(block.norm2(x)) / skip, order
 
 
-def evit(model, images):
-    """Class logits, patch logits and what each reducing block kept of EViT on their modules."""
+def evit(model, x):
+    """EViT on their modules: embedded patches x (B, P, D) -> tokens after the last norm, and what
+    each reducing block kept."""
     import torch
 
-    x = model.patch_embed(images).flatten(2).transpose(1, 2)
     x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1) + model.pos_embed
     kept = []
     for number, block in enumerate(model.blocks):
         keep = math.ceil(RATE * (x.shape[1] - 1)) if number in REDUCING else None
         x, order = block_of(block, x, keep)
         kept += [] if order is None else [order]
-    x = model.norm(x)
-    return model.head(x[:, 0]), model.aux_head(x[:, 1:]), kept
+    return model.norm(x), kept
 
 
 def in_our_order(array) -> np.ndarray:
@@ -140,9 +138,13 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", help="a checkout of zihangJiang/TokenLabeling")
-    module, losses = reference(parser.parse_args().folder)
+    names = "tlt.models.lvvit", "tlt.loss.cross_entropy"
+    module, losses = imported(parser.parse_args().folder, *names)
+    module.rand_bbox = lambda size, lam: BOX
+    model = small_one(module)
     with torch.no_grad():
-        model, state = randomized(module)
+        state = randomize(model)
+    model.double()
     FILES.mkdir(exist_ok=True)
     halves = {k: v if "tracked" in k else v.half() for k, v in state.items()}
     torch.save(dict(epoch=0, arch="lvvit", state_dict=halves), FILES / "weights.pth.tar")
@@ -162,10 +164,11 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         found["logits"] = in_our_order(model(theirs).numpy())
-    logits, patch_logits, kept = evit(model, theirs)
+    tokens, kept = evit(model, model.patch_embed(theirs).flatten(2).transpose(1, 2))
+    logits = model.head(tokens[:, 0])
     (logits**2).sum().backward()
     with torch.no_grad():
-        total = logits + 0.5 * patch_logits.max(dim=1)[0]
+        total = logits + 0.5 * model.aux_head(tokens[:, 1:]).max(dim=1)[0]
     found["evit/logits"] = in_our_order(total.numpy())
     found |= {
         f"evit/kept_{i}": in_our_order(k.numpy()) for i, k in zip(REDUCING, kept, strict=True)

@@ -119,7 +119,10 @@ def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
     """
     known = {alias: name for name in names for alias in (name, layer_scale_alias(name))}
     tensors = {known.get(name, name): array for name, array in tensors.items()}
-    for part in ("head.", "head_dist.", "aux_head.", "attn_pool."):
+    parts = ["head.", "head_dist.", "attn_pool."]
+    if not any(name.startswith("head.") for name in names):
+        parts.append("aux_head.")  # a classifier that does without it has other logits
+    for part in parts:
         if not any(name.startswith(part) for name in names):
             tensors = {name: a for name, a in tensors.items() if not name.startswith(part)}
     moves = dict(dist_token="reg_token")  # read by no head of its own, it is a register
@@ -194,7 +197,12 @@ def params_from_tensors(
     }
     tensors = own | tensors
     problems = [f"{name} is missing" for name in names if name not in tensors]
-    problems += [f"{name} is not part of the model" for name in tensors if name not in names]
+    hint = "; patch_head=True builds it"
+    problems += [
+        f"{name} is not part of the model" + hint * name.startswith("aux_head.")
+        for name in tensors
+        if name not in names
+    ]
     params: dict = {}
     for name in [name for name in names if name in tensors]:
         path, array = names[name], tensors[name]

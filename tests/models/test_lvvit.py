@@ -162,6 +162,8 @@ def test_positions_and_heads_of_a_file_follow_the_model():
     features, out = jax.jit(model.apply)({"params": params}, jnp.ones((1, 48, 32, 3)))
     assert features.shape == (1, 16)
     assert "patch_logits" not in out
+    with pytest.raises(InputError, match=r"aux_head\.weight is not part .* patch_head=True"):
+        load(patch_head=False)
 
 
 @pytest.mark.parametrize(

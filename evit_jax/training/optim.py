@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW as ViTs are trained with: decay on matrices only, warm-up and cosine, clipping."""
+"""AdamW and LAMB as ViTs are trained: decay on matrices only, warm-up and cosine, clipping."""
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from evit_jax.errors import check_name
+
+OPTIMIZERS = "adamw", "lamb"
 
 
 def learning_rate(
@@ -40,8 +44,14 @@ def create(
     clip_norm: float,
     b1: float,
     b2: float,
+    name: str = "adamw",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with its schedule; gradients are clipped to a global norm first, 0 does not clip."""
+    """AdamW or LAMB with its schedule; gradients are clipped to a global norm, 0 does not clip.
+
+    Raises:
+      InputError: an optimizer of another name.
+    """
+    check_name("optimizer", name, OPTIMIZERS)
     schedule = learning_rate(
         lr=lr,
         min_lr=min_lr,
@@ -50,5 +60,24 @@ def create(
         total_steps=total_steps,
     )
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    if name == "lamb":
+        return optax.chain(clip, lamb(schedule, b1, b2, weight_decay)), schedule
     adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
     return optax.chain(clip, adam), schedule
+
+
+def lamb(
+    schedule: optax.Schedule, b1: float, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """LAMB (https://arxiv.org/abs/1904.00962) as in timm, with which DeiT-III was trained.
+
+    A matrix's step is as long as the matrix, times the learning rate; what does not decay takes
+    Adam's step. `optax.lamb` makes no such difference.
+    """
+    adapted = decayed if weight_decay else lambda params: jax.tree.map(lambda _: False, params)
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-6),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.masked(optax.scale_by_trust_ratio(), adapted),
+        optax.scale_by_learning_rate(schedule),
+    )

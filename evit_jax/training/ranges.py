@@ -38,6 +38,8 @@ RANGES = {
     "mix.mixup": (0, LARGEST),
     "mix.cutmix": (0, LARGEST),
     "mix.switch": (0, 1),
+    "mix.token": (0, LARGEST),
+    "labels.weight": (0, LARGEST),
     "batch_size": (1, LARGEST),
     "run.accumulate": (0, LARGEST),
     "run.log_every": (1, LARGEST),

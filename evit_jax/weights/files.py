@@ -42,7 +42,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     The content decides which it is. Of a PyTorch training checkpoint it is the state dict under
     `model`, else `state_dict`, `module`, `encoder` or `teacher`, else the whole. Of a folder it is
-    model.safetensors, or the parts that model.safetensors.index.json lists.
+    model.safetensors, or the parts that model.safetensors.index.json lists. A tensor that PyTorch
+    saved by itself is called "tensor".
     """
     path = Path(path)
     try:
@@ -206,6 +207,8 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
 
 def _state_dict(value, size: int) -> dict[str, Tensor]:
     """The tensors of the state dict in an unpickled checkpoint of a file of `size` bytes."""
+    if isinstance(value, Tensor):
+        value = {"tensor": value}
     if isinstance(value, dict):
         nested = (value[key] for key in NESTED if key in value)
         value = next((entry for entry in nested if isinstance(entry, dict)), value)

@@ -75,7 +75,7 @@ def dense_map(logits: jax.Array, ids: jax.Array, num_classes: int) -> jax.Array:
 
     A comparison with every class instead of a scatter: it fuses, and TPUs do it fast.
     """
-    classes = jnp.arange(num_classes, dtype=ids.dtype)
+    classes = jnp.arange(num_classes, dtype=ids.dtype)[None, None, None]
     dense = jnp.zeros((*ids[:, 0].shape, num_classes), jnp.float32)
     for number in range(ids.shape[1]):
         there = ids[:, number, ..., None] == classes
@@ -107,12 +107,12 @@ def crop_matrix(start: jax.Array, stop: jax.Array, cells: int, bins: int) -> jax
     step = length / bins
     most = -(-cells // bins)  # a box never reaches over more than all cells
     count = jnp.minimum(jnp.ceil(step), most)
-    sample = jnp.arange(most, dtype=jnp.float32)
-    place = start + jnp.arange(bins)[:, None] * step + (sample + 0.5)[None] * step / count
-    used = (sample < count)[None] & (place >= -1) & (place <= cells)
+    sample = jnp.arange(most)[None]
+    place = start + jnp.arange(bins)[:, None] * step + (sample + 0.5) * step / count
+    used = (sample < count) & (place >= -1) & (place <= cells)
     place = jnp.clip(place, 0, cells - 1)[..., None]
-    near = jnp.maximum(1 - jnp.abs(place - jnp.arange(cells)), 0.0)  # (bins, most, cells)
-    return jnp.sum(jnp.where(used[..., None], near, 0.0), axis=1) / count
+    near = jnp.maximum(1 - jnp.abs(place - jnp.arange(cells)[None, None]), 0.0)
+    return jnp.sum(jnp.where(used[..., None], near, 0.0), axis=1) / count  # near: bins, most, cells
 
 
 def patch_loss(out: dict, targets: jax.Array, *, fuses: bool) -> jax.Array:
@@ -130,7 +130,7 @@ def patch_loss(out: dict, targets: jax.Array, *, fuses: bool) -> jax.Array:
     count = logits.shape[1]
     supervised = jnp.ones(logits.shape[:2])
     if out["owner"]:
-        owns = out["owner"][-1][:, None] == jnp.arange(count)[:, None]  # (B, n, P)
+        owns = out["owner"][-1][:, None] == jnp.arange(count)[None, :, None]  # (B, n, P)
         owned = jnp.sum(owns, axis=-1)
         shares = owns / jnp.maximum(owned, 1)[..., None]
         targets = jnp.einsum("bnp,bpc->bnc", shares, targets, precision=EXACT)

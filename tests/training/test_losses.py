@@ -3,7 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evit_jax.training.losses import Distillation, cross_entropy, divergence, smooth_labels
+from evit_jax.training.losses import (
+    Distillation,
+    binary_cross_entropy,
+    cross_entropy,
+    divergence,
+    smooth_labels,
+)
 
 
 def test_smoothing_spreads_over_all_classes():
@@ -54,3 +60,14 @@ def test_no_gradient_reaches_the_teacher():
     for kind in (Distillation(hard=True), Distillation(hard=False)):
         grads = jax.grad(lambda z, kind=kind: kind.targets(z).max())(jnp.asarray([[1.0, 2.0]]))
         np.testing.assert_array_equal(grads, 0)
+
+
+def test_binary_cross_entropy_takes_every_class_of_a_mixed_image_as_there():
+    logits, targets = np.array([[1.0, -2.0, 0.5]]), np.array([[0.3, 0.0, 0.7]])
+    there = 1 / (1 + np.exp(-logits[0]))
+    expected = -(np.log(there[0]) + np.log(1 - there[1]) + np.log(there[2])) / 3
+    loss = binary_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+    huge = binary_cross_entropy(jnp.asarray([[1e4, -1e4]], jnp.bfloat16), jnp.asarray([[0.0, 1.0]]))
+    assert huge.dtype == jnp.float32
+    np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16

@@ -52,6 +52,7 @@ from evit_jax.training.trained import open_spec
 
 EXAMPLES = 4  # images of the picture
 GRID = 14, 14  # of its crops
+PANEL = 168, 168  # pixels
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -228,6 +229,7 @@ def draw_row(flags: argparse.Namespace, source, view: View, index: int) -> patch
     whole = shown(found.logits, found.ids, classes)
     crop = shown(example["label_logits"], example["label_ids"], classes, example["label_box"], GRID)
     colored = drawing.leading(np.concatenate([whole[0], crop[0]]))
+    surest = max(whole[1].max(), crop[1].max())
     panels = []
     for pixels, (seen, weights), grid in (
         (image, whole, found.ids.shape[1:]),
@@ -235,7 +237,11 @@ def draw_row(flags: argparse.Namespace, source, view: View, index: int) -> patch
     ):
         cell = patches.cell_size((224, 224), grid)
         base = patches.base_panel(pixels, grid, cell)
-        panels += [base, drawing.labels_panel(base, seen, weights, colored, grid, cell)]
+        painted = drawing.labels_panel(base, seen, weights / surest, colored, grid, cell)
+        panels += [
+            np.asarray(Image.fromarray(panel).resize(PANEL, Image.Resampling.NEAREST))
+            for panel in (base, painted)
+        ]
     known = flags.classes is not None or len(source.classes) > max(colored)
     names = ", ".join(str(source.classes[c]) if known else str(c) for c in colored)
     labels = [file_name(element), "its map", "in training", "the map in training"]

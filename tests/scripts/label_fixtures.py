@@ -5,7 +5,8 @@ python -m tests.scripts.label_fixtures
 
 Needs torchvision (0.29.1 wrote the committed files). map.pt is a map as token labeling's authors
 publish them, (2, 5, 3, 4) float16; crops.npz has random maps and boxes, in fractions of the image,
-and `roi_align` of them, computed in float64. tests/data/test_labels.py and tests/training/test_labeling.py read them.
+and `roi_align` of them, computed in float64. tests/data/test_labels.py and
+tests/training/test_labeling.py read them.
 """
 
 import pathlib

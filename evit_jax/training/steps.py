@@ -12,7 +12,8 @@ over the same parameters. The state is a dict of arrays alone:
 
 A step sees the whole batch or, under pmap, one device's part of it and the name of the `axis` over
 which to sum. What it draws at random depends on seed, step and each image's place in the whole
-batch, so devices, processes and micro-batches change nothing but rounding.
+batch, so devices, processes and micro-batches change nothing but rounding. Batch norm is the
+exception: it normalizes a micro-batch, and under pmap a device's part, by its own statistics.
 """
 
 import dataclasses
@@ -71,7 +72,12 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bo
 
 
 def micro_batches(model, batch_size: int, *, platform: str | None = None) -> int:
-    """The number of micro-batches chosen for the device: 1, but see `parallel.chunk_size`."""
+    """The number of micro-batches chosen for the device: 1, but see `parallel.chunk_size`.
+
+    Batch norm computes something else in micro-batches, so there nobody but the user asks for them.
+    """
+    if model.batch_norm:
+        return 1
     return batch_size // chunk_size(model, batch_size, train=True, platform=platform)
 
 
@@ -170,8 +176,9 @@ def gradients(
     models: tuple,
     recipe: Recipe,
     gather: Callable[[dict], dict] = lambda params: params,
-) -> tuple[dict, jax.Array, dict]:
-    """(gradients of the mean loss, that loss, metric sums) for images with places `index` (B,).
+) -> tuple[dict, jax.Array, dict, dict]:
+    """For images with places `index` (B,): gradients of the mean loss, that loss, metric sums, and
+    the running statistics that the first model has afterwards.
 
     The first model learns from the labels, and the teacher where there is one; the others, which
     run the same parameters with fewer tokens, learn from the first one's logits as well (the
@@ -205,15 +212,15 @@ def gradients(
                 loss += recipe.labels.loss(out, targets["patches"], fuses=fuses)
             if first is not None:
                 loss = loss + losses.divergence(logits, jax.nn.softmax(first))
-            return jnp.mean(loss) / len(models), (loss, logits)
+            return jnp.mean(loss) / len(models), (loss, logits, out.get("statistics", {}))
 
-        (loss, (each, logits)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (loss, (each, logits, seen)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         if first is None:
             first, sums = logits, metrics.sums(logits, batch["label"], each)
-            total = grads, loss
+            total, statistics = (grads, loss), seen
         else:
             total = jax.tree.map(jnp.add, total, (grads, loss))
-    return *total, sums
+    return *total, sums, statistics
 
 
 def train_step(
@@ -249,7 +256,7 @@ def train_step(
         return gradients(state["params"], frozen, *part, key, **settings)
 
     if recipe.accumulate == 1:
-        grads, loss, sums = one(parts)
+        grads, loss, sums, statistics = one(parts)
     else:
         parts = jax.tree.map(lambda a: split(a, recipe.accumulate), parts)
 
@@ -258,14 +265,15 @@ def train_step(
 
         shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], parts))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        (grads, loss, sums), _ = jax.lax.scan(add, zeros, parts)
-        grads, loss = jax.tree.map(lambda a: a / recipe.accumulate, (grads, loss))
+        (grads, loss, sums, statistics), _ = jax.lax.scan(add, zeros, parts)
+        means = grads, loss, statistics
+        grads, loss, statistics = jax.tree.map(lambda a: a / recipe.accumulate, means)
     if axis is not None:
-        grads, loss = jax.lax.pmean((grads, loss), axis)
+        grads, loss, statistics = jax.lax.pmean((grads, loss, statistics), axis)
         sums = jax.lax.psum(sums, axis)
 
     updates, opt_state = recipe.optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    params = replaced(optax.apply_updates(state["params"], updates), statistics)
     after = dict(
         step=state["step"] + 1,
         params=params,
@@ -277,6 +285,15 @@ def train_step(
         decay = jnp.minimum(recipe.ema_decay, (1 + state["step"]) / (10 + state["step"]))
         after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
     return after, dict(loss=loss, grad_norm=optax.tree.norm(grads))
+
+
+def replaced(tree: dict, part: dict) -> dict:
+    """The tree with the leaves of `part`, a tree of some of its branches, instead of its own."""
+    new = {
+        key: replaced(tree[key], value) if isinstance(value, dict) else value
+        for key, value in part.items()
+    }
+    return tree | new
 
 
 def split(array: jax.Array, parts: int) -> jax.Array:

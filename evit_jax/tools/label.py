@@ -104,7 +104,7 @@ def patch_logits(model, params: dict, images: jax.Array) -> jax.Array:
     if "fc_norm" in params:
         x = norm(None, model.norm, model.norm_eps).apply({"params": params["fc_norm"]}, x)
     heads = [params[name] for name in ("head", "head_dist") if name in params]
-    return sum(x @ head["kernel"] + head["bias"] for head in heads) / len(heads)
+    return sum(x @ head["kernel"] + head["bias"][None, None] for head in heads) / len(heads)
 
 
 def compile_annotator(model, card, devices: DataParallel, top: int):

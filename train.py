@@ -32,6 +32,7 @@ from evit_jax.training.clock import Clock, Startup
 from evit_jax.training.evaluation import Evaluator
 from evit_jax.training.labeling import TokenLabels
 from evit_jax.training.mix import Mix
+from evit_jax.training.progressive import check_factors, stage_models
 from evit_jax.training.ranges import check_ranges
 from evit_jax.training.recorder import Recorder
 from evit_jax.training.run import (
@@ -102,6 +103,9 @@ def main() -> None:
         rungs=config.keep_warmup.rungs,
         rates=config.sandwich,
     )
+    check_factors(model, config.progressive.factors)
+    coarse_steps = calendar.steps(config.progressive.epochs)
+    table = stages.coarse_first(table, config.progressive.factors, coarse_steps)
     labels = dict(config.labels)
     label_map = labels.pop("dir") and (data.maps.shape if data else PUBLISHED)
     settings = dict(config.optimizer)
@@ -131,7 +135,7 @@ def main() -> None:
     )
 
     def compile_stage(stage: stages.Stage):
-        models = tuple(model.clone(keep=keep) for keep in (stage.keep, *stage.others))
+        models = stage_models(model, stage)
         step = functools.partial(steps.train_step, models=models, recipe=recipe)
         return devices.compile_train(step, *shapes)
 

@@ -59,6 +59,10 @@ def get_config() -> ConfigDict:
     config.keep_warmup.epochs = 0.0  # 0: the target rate from start_epoch on
     config.keep_warmup.rungs = 8  # equal falls the cosine is rounded to, one compilation each
 
+    config.progressive = ConfigDict()  # coarse patches first, before those of keep_warmup
+    config.progressive.factors = ()  # (4, 2): patches 4 times as high and wide, then twice
+    config.progressive.epochs = 0.0  # of each
+
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or "lamb" (DeiT-III, with clip_norm=1)
     config.optimizer.lr = 1e-3  # highest learning rate, at this batch size

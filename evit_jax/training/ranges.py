@@ -19,6 +19,7 @@ RANGES = {
     "keep_warmup.start_epoch": (0, LARGEST),
     "keep_warmup.epochs": (0, LARGEST),
     "keep_warmup.rungs": (1, 1000),
+    "progressive.epochs": (0, LARGEST),
     "optimizer.lr": (0, LARGEST),
     "optimizer.warmup_lr": (0, LARGEST),
     "optimizer.warmup_epochs": (0, LARGEST),

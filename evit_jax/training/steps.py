@@ -29,6 +29,7 @@ from evit_jax.runtime.parallel import Chunked, chunk_size
 from evit_jax.training import losses, metrics
 from evit_jax.training.labeling import TokenLabels
 from evit_jax.training.mix import Mix, blend
+from evit_jax.training.progressive import coarse_images, coarse_params
 
 State = dict
 Batch = dict[str, jax.Array]
@@ -203,9 +204,9 @@ def gradients(
 
         def objective(params, model=model, first=first):
             rngs = dict(dropout=drop_key)
-            variables = {"params": gather(params)}
+            variables = {"params": coarse_params(gather(params), model)}
             call = dict(train=True, index=index, rngs=rngs) | given
-            logits, out = model.apply(variables, images, **call)
+            logits, out = model.apply(variables, coarse_images(images, model), **call)
             loss = image_losses(logits, out, targets, recipe)
             if "patches" in targets:
                 fuses = model.reducer.extra > 0

@@ -72,5 +72,6 @@ def get_config(text: str = ""):
             config.mix.update(mixup=0.8, cutmix=1.0)
         config.run.test_batch_size = 1024
     if chosen["debug"]:
+        config.keep_warmup.update(start_epoch=0.0, epochs=0.0)
         shrink(config)
     return config

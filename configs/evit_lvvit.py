@@ -50,6 +50,7 @@ def get_config(text: str = ""):
         config.mix.update(erasing=0.25, token=1.0)
         config.run.test_batch_size = 1024
     if chosen["debug"]:
+        config.keep_warmup.update(start_epoch=0.0, epochs=0.0)
         shrink(config)
         with config.unlocked():
             config.model.name = "lvvit"

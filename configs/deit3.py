@@ -63,13 +63,12 @@ def get_config(text: str = ""):
             config.keep_warmup.update(start_epoch=10.0, epochs=100.0)
             config.optimizer.update(name="lamb", lr=LR[model], clip_norm=1.0)
             config.augment.update(three_augment=True, color_jitter=0.3, repeats=3)
-            config.mix.update(mixup=0.8, cutmix=1.0)
         else:
             config.batch_size = 512
             config.epochs = 20.0
             config.optimizer.update(lr=1e-5, weight_decay=0.1)
             config.augment.update(randaugment_magnitude=9.0)
-            config.mix.update(mixup=0.8, cutmix=1.0)
+        config.mix.update(mixup=0.8, cutmix=1.0)
         config.run.test_batch_size = 1024
     if chosen["debug"]:
         config.keep_warmup.update(start_epoch=0.0, epochs=0.0)

@@ -42,8 +42,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     The content decides which it is. Of a PyTorch training checkpoint it is the state dict under
     `model`, else `state_dict`, `module`, `encoder` or `teacher`, else the whole. Of a folder it is
-    model.safetensors, or the parts that model.safetensors.index.json lists. A tensor that PyTorch
-    saved by itself is called "tensor".
+    model.safetensors, or the parts that model.safetensors.index.json lists.
     """
     path = Path(path)
     try:
@@ -207,7 +206,7 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
 
 def _state_dict(value, size: int) -> dict[str, Tensor]:
     """The tensors of the state dict in an unpickled checkpoint of a file of `size` bytes."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor):  # saved by itself, as label maps are
         value = {"tensor": value}
     if isinstance(value, dict):
         nested = (value[key] for key in NESTED if key in value)

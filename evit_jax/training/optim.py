@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW and LAMB as ViTs are trained: decay on matrices only, warm-up and cosine, clipping."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from evit_jax.errors import check_name
-
-OPTIMIZERS = "adamw", "lamb"
 
 
 def learning_rate(
@@ -33,41 +33,8 @@ def decayed(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def create(
-    *,
-    lr: float,
-    min_lr: float,
-    warmup_lr: float,
-    warmup_steps: int,
-    total_steps: int,
-    weight_decay: float,
-    clip_norm: float,
-    b1: float,
-    b2: float,
-    name: str = "adamw",
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW or LAMB with its schedule; gradients are clipped to a global norm, 0 does not clip.
-
-    Raises:
-      InputError: an optimizer of another name.
-    """
-    check_name("optimizer", name, OPTIMIZERS)
-    schedule = learning_rate(
-        lr=lr,
-        min_lr=min_lr,
-        warmup_lr=warmup_lr,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
-    )
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    if name == "lamb":
-        return optax.chain(clip, lamb(schedule, b1, b2, weight_decay)), schedule
-    adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
-    return optax.chain(clip, adam), schedule
-
-
 def lamb(
-    schedule: optax.Schedule, b1: float, b2: float, weight_decay: float
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """LAMB (https://arxiv.org/abs/1904.00962) as in timm, with which DeiT-III was trained.
 
@@ -81,3 +48,33 @@ def lamb(
         optax.masked(optax.scale_by_trust_ratio(), adapted),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+OPTIMIZERS = dict(adamw=functools.partial(optax.adamw, mask=decayed), lamb=lamb)
+
+
+def create(
+    *,
+    name: str = "adamw",  # of OPTIMIZERS
+    lr: float,
+    min_lr: float,
+    warmup_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    weight_decay: float,
+    clip_norm: float,
+    b1: float,
+    b2: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with its schedule; gradients are clipped to a global norm first, 0 does not clip."""
+    schedule = learning_rate(
+        lr=lr,
+        min_lr=min_lr,
+        warmup_lr=warmup_lr,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    check_name("optimizer", name, OPTIMIZERS)
+    adam = OPTIMIZERS[name](schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    return optax.chain(clip, adam), schedule

@@ -29,6 +29,17 @@ def test_cross_entropy_is_the_formula_and_stays_finite_for_large_logits():
     np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16
 
 
+def test_binary_cross_entropy_takes_every_class_of_a_mixed_image_as_there():
+    logits, targets = np.array([[1.0, -2.0, 0.5]]), np.array([[0.3, 0.0, 0.7]])
+    there = 1 / (1 + np.exp(-logits[0]))
+    expected = -(np.log(there[0]) + np.log(1 - there[1]) + np.log(there[2])) / 3
+    loss = binary_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+    huge = binary_cross_entropy(jnp.asarray([[1e4, -1e4]], jnp.bfloat16), jnp.asarray([[0.0, 1.0]]))
+    assert huge.dtype == jnp.float32
+    np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16
+
+
 def test_divergence_is_zero_for_the_same_distribution_and_takes_zero_targets():
     logits = jnp.asarray([[1.0, -2.0, 0.5]])
     np.testing.assert_allclose(divergence(logits, jax.nn.softmax(logits)), [0], atol=1e-6)
@@ -60,14 +71,3 @@ def test_no_gradient_reaches_the_teacher():
     for kind in (Distillation(hard=True), Distillation(hard=False)):
         grads = jax.grad(lambda z, kind=kind: kind.targets(z).max())(jnp.asarray([[1.0, 2.0]]))
         np.testing.assert_array_equal(grads, 0)
-
-
-def test_binary_cross_entropy_takes_every_class_of_a_mixed_image_as_there():
-    logits, targets = np.array([[1.0, -2.0, 0.5]]), np.array([[0.3, 0.0, 0.7]])
-    there = 1 / (1 + np.exp(-logits[0]))
-    expected = -(np.log(there[0]) + np.log(1 - there[1]) + np.log(there[2])) / 3
-    loss = binary_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
-    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
-    huge = binary_cross_entropy(jnp.asarray([[1e4, -1e4]], jnp.bfloat16), jnp.asarray([[0.0, 1.0]]))
-    assert huge.dtype == jnp.float32
-    np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16

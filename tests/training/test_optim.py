@@ -56,16 +56,6 @@ def test_a_step_is_adamws():
     np.testing.assert_allclose(updates["a"]["kernel"], [-lr * 1.2], rtol=1e-5)
 
 
-def test_clipping_bounds_the_norm_of_all_gradients_together():
-    params = dict(a=dict(kernel=jnp.zeros(2), bias=jnp.zeros(1)))
-    grads = dict(a=dict(kernel=jnp.asarray([6.0, 0.0]), bias=jnp.asarray([8.0])))
-    clipped, _ = optim.create(**RATES, **ADAM | dict(clip_norm=1.0))
-    _, state = clipped.update(grads, clipped.init(params), params)
-    first_moment = jax.tree.leaves(state)[1:4]
-    total = sum(float((moment**2).sum()) for moment in jax.tree.leaves(state[1][0].mu))
-    assert total**0.5 == pytest.approx(0.1, rel=1e-5), first_moment  # (1 - b1) * 1
-
-
 def lamb_by_hand(weights, gradients, rate, *, decay, adapt, steps=2):
     """LAMB's update of one array, step by step; the gradients are clipped already."""
     first = second = np.zeros_like(weights)
@@ -108,3 +98,13 @@ def test_lamb_without_weight_decay_is_adam():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(InputError, match="unknown optimizer 'lam'; did you mean 'lamb'"):
         optim.create(**RATES, **ADAM, name="lam")
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together():
+    params = dict(a=dict(kernel=jnp.zeros(2), bias=jnp.zeros(1)))
+    grads = dict(a=dict(kernel=jnp.asarray([6.0, 0.0]), bias=jnp.asarray([8.0])))
+    clipped, _ = optim.create(**RATES, **ADAM | dict(clip_norm=1.0))
+    _, state = clipped.update(grads, clipped.init(params), params)
+    first_moment = jax.tree.leaves(state)[1:4]
+    total = sum(float((moment**2).sum()) for moment in jax.tree.leaves(state[1][0].mu))
+    assert total**0.5 == pytest.approx(0.1, rel=1e-5), first_moment  # (1 - b1) * 1

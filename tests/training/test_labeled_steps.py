@@ -129,6 +129,7 @@ def test_lvvit_learns_with_maps_and_has_new_statistics():
         assert (np.asarray(before[name]) != np.asarray(after[name])).any()
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_whole_images_and_its_answers_are_mixed_by_area():
     soft = losses.Distillation(hard=False, alpha=1.0)
     plain = build_model("vit", depth=2, **SIZES)

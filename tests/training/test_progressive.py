@@ -45,7 +45,7 @@ def test_a_coarse_patch_is_every_nth_pixel_of_a_larger_one_through_the_same_kern
     assert coarse_params(params, MODEL) is params
 
 
-@pytest.mark.parametrize("backbone", ["vit", "lvvit"])
+@pytest.mark.parametrize("backbone", ["vit", pytest.param("lvvit", marks=pytest.mark.slow)])
 def test_a_stage_of_coarse_patches_trains_all_weights_on_fewer_tokens(backbone):
     more = dict(filters=4) if backbone == "lvvit" else {}
     model = build_model(backbone, **SIZES, **more, keep_rate=0.5, layers=(1,))

@@ -20,7 +20,7 @@ from evit_jax.training.mix import Mix
 @pytest.mark.parametrize(("recipe_of", "depth"), [(evit_deit, 12), (evit_lvvit, 4), (deit3, 4)])
 def test_the_whole_training_step_of_the_small_model_lowers_for(platform, recipe_of, depth):
     config = recipe_of.get_config()
-    model = build_model(**config.model | dict(depth=depth))
+    model = build_model(**dict(config.model) | dict(depth=depth))
     settings = dict(config.optimizer)
     settings.pop("warmup_epochs")
     optimizer, _ = optim.create(**settings, warmup_steps=5, total_steps=300)

@@ -2,17 +2,16 @@
 """Models by name.
 
 A backbone is one file of this folder with `MODEL`, its Linen module; its published variants are in
-the table of named.py. `create_model("vit", width=48, ...)` builds a backbone from settings,
-`create_model("deit_small_patch16_224")` a variant, with settings to change.
+the table of named.py, or in `VARIANTS` of the file itself. `create_model("vit", width=48, ...)`
+builds a backbone from settings, `create_model("deit_small_patch16_224")` a variant, with settings
+to change.
 """
 
 import dataclasses
 import difflib
 import fnmatch
-import importlib
 import inspect
 import operator
-import pkgutil
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -23,18 +22,12 @@ from evit_jax.errors import InputError, check_name, check_names
 from evit_jax.models import folder, named
 from evit_jax.models.card import Preprocessing
 from evit_jax.models.likeness import looks_like
+from evit_jax.models.named import backbones
 from evit_jax.plan.files import read_plan
 from evit_jax.reducers import create_reducer
 from evit_jax.tokens import Reducer
 from evit_jax.weights import files, hub
 from evit_jax.weights.names import params_from_tensors, with_timm_names
-
-
-def backbones() -> dict:
-    """File name -> module, for every backbone in this folder."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    return {name: module for name, module in modules.items() if hasattr(module, "MODEL")}
 
 
 def find_model(name: str):

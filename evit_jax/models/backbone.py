@@ -33,6 +33,7 @@ CHOICES = dict(
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),
     pool=("token", "avg", "map"),
+    drop_path=("linear", "constant"),
 )
 
 
@@ -49,6 +50,7 @@ class Backbone(nn.Module):
                                them is a class token
       placed_prefix            how many of the prefix tokens have a position
       position_resize          how they are resized, see `weights.positions`
+      batch_norm               whether parameters hold running statistics, see `models.lvvit`
       reads_patches, last      whether logits read patches; what a ramp leaves of them in the end
       keep, reducer, remat     fields that may be cloned with other values over the same parameters
       kept, tokens_per_block   the plan with one entry per block; tokens after each, prefix included
@@ -56,7 +58,8 @@ class Backbone(nn.Module):
       stem_macs, head_macs     multiply-accumulates of one image before the first and after the last
                                block
     and of its parameters: `pos_embed` (1, placed_prefix + P, D), heads, named `head...`, and
-    blocks, named `blocks_0` and so on, with a `reduction` in each for a reducer's own.
+    blocks, named `blocks_0` and so on, with a `reduction` in each for a reducer's own. Leaves named
+    `mean` and `var` are running statistics, which training replaces and does not learn.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -93,9 +96,11 @@ class Backbone(nn.Module):
     pool_mlp_ratio: float | None = None  # of map pooling; None: mlp_ratio
     pool_prefix: bool = False  # prefix tokens are pooled, too
     fc_norm: bool | None = None  # the last norm after pooling, not before; None: where pool is avg
+    patch_head: bool = False  # a classifier of every patch token besides (token labeling)
     final_norm: bool = True
     dropout_rate: float = 0.0
-    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
+    drop_path_rate: float = 0.0  # of the last block
+    drop_path: str = "linear"  # from 0 in the first block; or "constant", alike in all (DeiT-III)
     keep: Keep = ()  # patch tokens kept by each block, from `plan`; () keeps all
     reducer: Reducer = EViT()
     remat: bool = False  # recompute each block in the backward pass instead of storing its insides
@@ -141,9 +146,14 @@ class Backbone(nn.Module):
         return self.mlp != "plain"
 
     @property
+    def batch_norm(self) -> bool:
+        """Whether there is a norm over the images of a batch, so what it is split into matters."""
+        return False
+
+    @property
     def reads_patches(self) -> bool:
         """Whether logits read the patch tokens, not the prefix alone."""
-        return self.pool != "token"
+        return self.pool != "token" or (self.patch_head and self.num_classes > 0)
 
     @property
     def last(self) -> int | None:
@@ -163,6 +173,8 @@ class Backbone(nn.Module):
     def head_macs(self) -> int:
         """Multiply-accumulates of one image's map pooling and classifiers."""
         macs = (1 + self.distilled) * self.width * self.num_classes
+        if self.patch_head:
+            macs += (self.tokens_per_block[-1] - self.prefix) * self.width * self.num_classes
         if self.pool == "map":  # keys, values, logits and their sum; query, projection and MLP
             tokens = self.tokens_per_block[-1] - (0 if self.pool_prefix else self.prefix)
             macs += 2 * tokens * self.width**2 + 2 * tokens * self.width
@@ -384,7 +396,12 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool = False, index: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        index: jax.Array | None = None,
+        swap: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Applies the model; see `models.vit.ViT`."""
         raise TypeError(f"{type(self).__name__} does not define how it is applied")

@@ -41,6 +41,7 @@ class Block(nn.Module):
     pallas: bool = False  # see `Backbone.pallas`
     layer_scale: float | None = None
     flat_layer_scale: bool = False
+    branch_scale: float = 1.0  # what both residual branches are multiplied with, see `models.lvvit`
     post_norm: bool = False
     qk_norm: bool = False
     qkv_bias: bool | str = True
@@ -130,7 +131,9 @@ class Block(nn.Module):
         return norm(name, self.norm, self.norm_eps)(x)
 
     def scaled(self, branch: int, y: jax.Array) -> jax.Array:
-        """A branch's y (B, N, D) after its LayerScale, if there is one."""
+        """A branch's y (B, N, D) on the scale on which it is added."""
+        if self.branch_scale != 1:
+            y = y * self.branch_scale
         if self.layer_scale is None:
             return y
         if not self.flat_layer_scale:

@@ -56,9 +56,9 @@ class Eva(ViT):
         more = dict(mlp_norm=self.mlp_norm, rotary=self.rotary, flat_layer_scale=True)
         return super().block_settings(number) | more
 
-    def embed(self, images: jax.Array, rngs: jax.Array | None) -> Tokens:
+    def embed(self, x: jax.Array, rngs: jax.Array | None) -> Tokens:
         """Tokens as of `ViT`, with the positions of their patches."""
-        tokens = super().embed(images, rngs)
+        tokens = super().embed(x, rngs)
         rows, columns = jnp.divmod(jnp.arange(self.patches), self.grid[1])
         at = jnp.stack([rows, columns], axis=-1).astype(jnp.float32)
         at = jnp.pad(at, ((self.prefix, 0), (0, 0)))

@@ -122,28 +122,28 @@ def embed_patches(
     """A linear layer of every patch: a convolution whose stride is its size.
 
     Args:
-      images: (B, H, W, 3) float32.
-      kernel, bias: (h * w * 3, D) and (D,) or None, in the dtype of the computation.
+      images: (B, H, W, C), images in float32 or what convolutions made of them.
+      kernel, bias: (h * w * C, D) and (D,) or None, in the dtype of the computation.
       patch_size: (h, w), of which H and W are multiples.
 
     Returns:
       (B, P, D) in the dtype of the kernel, patches in row-major order.
     """
-    batch, height, width = images.shape[:3]
+    batch, height, width, channels = images.shape
     high, wide = patch_size
     rows, columns = height // high, width // wide
     if form.convolve:
-        # In float32, which the convolution reads where it lies: the products are rounded to
-        # bfloat16 as they enter the matrix unit either way, and a copy in it costs more than they.
-        windows = kernel.astype(jnp.float32).reshape(high, wide, 3, -1)
+        # Images stay in float32, which the convolution reads where it lies: the products are
+        # rounded to bfloat16 as they enter the matrix unit either way, and a copy costs more.
+        windows = kernel.astype(images.dtype).reshape(high, wide, channels, -1)
         layout = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(
             images, windows, patch_size, "VALID", dimension_numbers=layout
         )
         if bias is not None:
-            x = x + bias.astype(jnp.float32)[None, None, None]
+            x = x + bias.astype(x.dtype)[None, None, None]
         return x.astype(kernel.dtype).reshape(batch, rows * columns, -1)
-    patches = images.astype(kernel.dtype).reshape(batch, rows, high, columns, wide, 3)
+    patches = images.astype(kernel.dtype).reshape(batch, rows, high, columns, wide, -1)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
     return dense(patches, kernel, bias)
 

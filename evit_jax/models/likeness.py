@@ -15,11 +15,14 @@ Traits = dict[str, Any]
 def of_settings(settings: Mapping[str, Any]) -> Traits:
     """What tells models apart and can be seen in their weights."""
     patch = settings.get("patch_size", 16)
+    patch = patch if isinstance(patch, int) else patch[0]
+    convolutions = "filters" in settings  # before what embeds patches (LV-ViT)
     prefix = dict(class_token=True, distilled=False, registers=0)
     return dict(
         width=settings["width"],
         depth=settings["depth"],
-        patch=patch if isinstance(patch, int) else patch[0],
+        patch=patch // 2 if convolutions else patch,
+        convolutions=convolutions,
         prefix=tuple(settings.get(name, value) for name, value in prefix.items()),
         positions=settings.get("absolute_positions", True),
         layer_scale=settings.get("layer_scale") is not None,
@@ -45,6 +48,7 @@ def of_tensors(tensors: Mapping[str, np.ndarray]) -> Traits | None:
         width=patches.shape[0],
         depth=1 + max(blocks),
         patch=patches.shape[2],
+        convolutions="patch_embed.conv1.weight" in tensors,
         prefix=("cls_token" in tensors, "dist_token" in tensors, registers),
         positions="pos_embed" in tensors,
         layer_scale=any("gamma" in name for name in tensors),

@@ -1,24 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformers that timm names, from the table of facts in names.json.
+"""Vision Transformers by name: timm's, from the table of facts in names.json, and others.
+
+Others are in `VARIANTS` of their backbone's file, in the form of that table, which
+`tests/scripts/timm_names.py` writes.
 
 A name may have a tag, which says whose weights: `vit_small_patch14_reg4_dinov2.lvd142m`. The tag
 decides preprocessing, image size and number of classes; a name alone means its first tag, as in
-timm. `tests/scripts/timm_names.py` writes the table.
+timm.
 """
 
 import functools
+import importlib
 import importlib.resources
 import json
+import pkgutil
+from pathlib import Path
+from types import ModuleType
 
 from evit_jax.errors import InputError, check_name
 from evit_jax.models.card import STATISTICS, Preprocessing
 
 
 @functools.cache
+def backbones() -> dict[str, ModuleType]:
+    """File name -> module, for every backbone in this folder."""
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names}
+    return {name: module for name, module in modules.items() if hasattr(module, "MODEL")}
+
+
+@functools.cache
 def table() -> dict[str, dict]:
     """Name -> backbone, settings, parameters, tags and, where it cannot be built, `missing`."""
     file = importlib.resources.files(__package__) / "names.json"
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
+    for backbone, module in backbones().items():
+        for name, entry in getattr(module, "VARIANTS", {}).items():
+            found[name] = dict(backbone=backbone, **entry)
+    return found
 
 
 def names(*, tags: bool = False) -> list[str]:

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from evit_jax.errors import InputError
 from evit_jax.models.backbone import Backbone
 from evit_jax.models.block import Block, reduce
 from evit_jax.models.layers import Affine, dropout, embed_patches, fold, norm, weight_init
@@ -51,11 +52,22 @@ class ViT(Backbone):
                      (B, N) where the prefix is pooled, too
       logits_dist    (B, num_classes) float32, distilled models only: the distillation head, while
       logits_cls     (B, num_classes) float32 is the class head; `logits` is their mean
+      patch_logits   (B, n, num_classes) float32, models with a `patch_head` only: of the patch
+                     tokens that leave the last block; owner[-1] says whose they are. `logits` has
+                     half of their largest value added for every class, but in training it is the
+                     class head alone, `logits_cls`.
+      statistics     training a model with batch norm only: the new running statistics, a tree like
+                     the part of the parameters that they are to replace
     """
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool = False, index: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        index: jax.Array | None = None,
+        swap: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Applies the model.
 
@@ -65,15 +77,21 @@ class ViT(Backbone):
             rngs={"dropout": key}.
           index: (B,) int32, the place of each image in the whole batch, where this is only a part
             of it: an image's draws depend on the key and its place alone. Default 0, 1, 2, ...
+          swap: (B, P) bool, the patches that an image takes from its partner, image 2j from 2j + 1
+            and the other way round, once they are embedded and have no position yet (MixToken,
+            https://arxiv.org/abs/2104.10858).
 
         Raises:
-          InputError: images of another size.
+          InputError: images of another size, or an odd number of them to swap patches.
         """
         self.check_images(images)
         rngs = None
         if train and (self.dropout_rate or self.drop_path_rate or self.has_rng("dropout")):
             rngs = self.image_rngs(images.shape[0], index)
-        tokens = self.embed(images, fold(rngs, self.depth))
+        x, statistics = self.stem(images, train)
+        if swap is not None:
+            x = swapped(x, swap)
+        tokens = self.embed(x, fold(rngs, self.depth))
 
         readout = self.readout()
         nothing = Signals(
@@ -104,7 +122,7 @@ class ViT(Backbone):
             if keep is not None:
                 owners.append(tokens.owner)
 
-        logits, read = self.head(readout, tokens, last)
+        logits, read = self.head(readout, tokens, last, train)
         out = dict(
             owner=tuple(owners),
             cls_attention=tuple(s.class_attention() for s in seen if s.class_token),
@@ -115,6 +133,8 @@ class ViT(Backbone):
             size=tokens.size,
             aux=tokens.aux,
         )
+        if statistics:
+            out["statistics"] = statistics
         return logits, out | read
 
     def block_settings(self, number: int) -> dict[str, Any]:
@@ -125,7 +145,8 @@ class ViT(Backbone):
             reducer=self.reducer,
             layer=number,
             dropout_rate=self.dropout_rate,
-            drop_path_rate=self.drop_path_rate * number / max(self.depth - 1, 1),
+            drop_path_rate=self.drop_path_rate
+            * (1 if self.drop_path == "constant" else number / max(self.depth - 1, 1)),
             dtype=self.dtype,
             pallas=self.pallas,
             layer_scale=self.layer_scale,
@@ -173,21 +194,25 @@ class ViT(Backbone):
         return jnp.broadcast_to(asked[None], (batch, *asked.shape))
 
     def head(
-        self, readout: Readout, tokens: Tokens, last: Tokens | None
+        self, readout: Readout, tokens: Tokens, last: Tokens | None, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits, and what `out` has of their making.
 
         Args:
           tokens: all that leave the last block.
           last: its prefix tokens alone, where logits read no others.
+          train: whether logits are the class head's alone, whatever patches have to say.
         """
         out: dict[str, jax.Array] = {}
-        if last is None:
+        normed = readout.norm(tokens.x)
+        if self.pool != "token":
             start = 0 if self.pool_prefix else self.prefix
-            pooled = readout.pool(readout.norm(tokens.x)[:, start:], tokens.size[:, start:])
+            pooled = readout.pool(normed[:, start:], tokens.size[:, start:])
             if self.pool == "map":
                 pooled, out["pool_attention"] = pooled
             features = pooled[:, None]
+        elif last is None:
+            features = normed[:, : self.prefix]
         else:
             features = readout.norm(last.x)
         features = out["features"] = readout.fc_norm(features)
@@ -204,12 +229,19 @@ class ViT(Backbone):
                 out["logits_cls"] = logits
                 out["logits_dist"] = layer(name="head_dist")(features[:, 1])
                 logits = (out["logits_cls"] + out["logits_dist"]) / 2
-        out["dense"] = unmerge(readout.norm(tokens.x), tokens.owner, prefix=self.prefix)
+        if self.num_classes and self.patch_head:
+            out.setdefault("logits_cls", logits)
+            out["patch_logits"] = layer(name="head_aux")(normed[:, self.prefix :])
+            if not train:
+                there = tokens.size[:, self.prefix :, None] > 0  # an empty slot says nothing
+                logits += 0.5 * jnp.max(out["patch_logits"], 1, initial=-jnp.inf, where=there)
+        out["dense"] = unmerge(normed, tokens.owner, prefix=self.prefix)
         return logits, out
 
-    def embed(self, images: jax.Array, rngs: jax.Array | None) -> Tokens:
-        """Patches, prefix tokens and positions: the tokens that enter the first block."""
-        batch, pixels = images.shape[0], 3 * math.prod(self.patch_size)
+    def stem(self, images: jax.Array, train: bool) -> tuple[jax.Array, dict]:
+        """Patches (B, P, D) in the compute dtype, without positions, and `out["statistics"]`."""
+        del train
+        pixels = 3 * math.prod(self.patch_size)
 
         # DeiT leaves this layer at PyTorch's default for convolutions: uniform in
         # +-1/sqrt(fan_in), for kernel and bias alike.
@@ -230,7 +262,11 @@ class ViT(Backbone):
         x = by_chip(patches, images, kernel, bias, dtype=self.dtype)  # (B, P, D)
         if self.embed_norm:
             x = norm("patch_embed_norm", self.norm, self.norm_eps)(x).astype(self.dtype)
+        return x, {}
 
+    def embed(self, x: jax.Array, rngs: jax.Array | None) -> Tokens:
+        """Patches (B, P, D), prefix tokens and positions: the tokens that enter the first block."""
+        batch = x.shape[0]
         counts = dict(cls_token=self.class_token, dist_token=self.distilled)
         counts["reg_token"] = self.registers
         prefix = [
@@ -260,6 +296,17 @@ class ViT(Backbone):
             ),
             prefix=self.prefix,
         )
+
+
+def swapped(x: jax.Array, swap: jax.Array) -> jax.Array:
+    """Patches (B, P, D) with those of the image's partner where `swap` (B, P) says so."""
+    if len(x) % 2:
+        raise InputError(
+            f"patches are swapped within pairs of images, got a batch of {len(x)}; choose a batch "
+            "size that is even on every device and in every micro-batch"
+        )
+    partners = x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+    return jnp.where(swap[..., None], partners, x)
 
 
 MODEL = ViT  # what create_model("vit") builds

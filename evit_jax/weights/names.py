@@ -24,36 +24,41 @@ Tensors = dict[str, np.ndarray]
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 STEM = {"patch_embed": "patch_embed.proj", "patch_embed_norm": "patch_embed.norm"}
+HEADS = {"head_aux": "aux_head"}  # of patches, LV-ViT's
+LEAVES = dict(kernel="weight", scale="weight", mean="running_mean", var="running_var")
 SPLIT = re.compile(
     r"(.*attn\.|attn_pool\.)(q|k|v|q_proj|k_proj|v_proj|query|key|value)\.(weight|bias)"
 )
 
+PATCHES = "patch_embed", "kernel"  # of ViT's, which is a dense layer of whole patches
 FREQUENCIES = "rope.freqs"  # of learned rotary positions, in timm those of all blocks
 
 
 def timm_name(path: tuple[str, ...]) -> str:
     """("blocks_3", "attn", "qkv", "kernel") -> "blocks.3.attn.qkv.weight"."""
     *parts, leaf = path
-    parts = [STEM.get(p, p.replace("s_", "s.")) for p in parts]
-    return ".".join([*parts, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
+    if len(parts) == 1:
+        parts = [(STEM | HEADS).get(parts[0], parts[0])]
+    return ".".join([*(part.replace("s_", "s.") for part in parts), LEAVES.get(leaf, leaf)])
 
 
 def to_torch(path: tuple[str, ...], array: np.ndarray, model) -> np.ndarray:
-    """A leaf in PyTorch's layout: (out, in) for dense layers, (out, 3, high, wide) for patches."""
+    """A leaf in PyTorch's layout: (out, in) for dense layers, (out, in, high, wide) for windows."""
     if path[-1] != "kernel":
         return array
-    if path[0] == "patch_embed":
-        return array.reshape(*model.patch_size, 3, -1).transpose(3, 2, 0, 1)
-    return array.T
+    if path == PATCHES:
+        array = array.reshape(*model.patch_size, 3, -1)
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`; an array of unexpected rank is left as it is."""
     if path[-1] != "kernel":
         return array
-    if path[0] == "patch_embed" and array.ndim == 4:
-        return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
-    return array.T
+    if array.ndim != 4:
+        return array.T
+    array = array.transpose(2, 3, 1, 0)
+    return array.reshape(-1, array.shape[-1]) if path == PATCHES else array
 
 
 def leaves(params: Mapping) -> dict[tuple[str, ...], jax.Array]:
@@ -113,7 +118,7 @@ def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
     """
     known = {alias: name for name in names for alias in (name, layer_scale_alias(name))}
     tensors = {known.get(name, name): array for name, array in tensors.items()}
-    for part in ("head.", "head_dist.", "attn_pool."):
+    for part in ("head.", "head_dist.", "aux_head.", "attn_pool."):
         if not any(name.startswith(part) for name in names):
             tensors = {name: a for name, a in tensors.items() if not name.startswith(part)}
     moves = dict(dist_token="reg_token")  # read by no head of its own, it is a register

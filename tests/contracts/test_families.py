@@ -29,6 +29,7 @@ NAMES = (
     "vit_small_patch16_rope_mixed_ape_224",
     "vit_pe_core_tiny_patch16_384",
     "beit_base_patch16_224",
+    "lvvit_t",
 )
 SIZES = dict(image_size=(16, 20), patch_size=4, width=32, depth=2, num_heads=2, num_classes=0)
 PATCHES, BATCH = 20, 2

@@ -11,7 +11,7 @@ from evit_jax.models import build_model, init_params
 from evit_jax.models.card import Preprocessing
 from evit_jax.plan import stages
 from evit_jax.runtime.background import Programs
-from evit_jax.runtime.parallel import DataParallel
+from evit_jax.runtime.parallel import DataParallel, PmapParallel
 from evit_jax.training import losses, metrics, optim, steps
 from evit_jax.training.mix import Mix
 
@@ -149,6 +149,49 @@ def test_micro_batches_give_the_gradients_of_the_whole_one(parts):
     assert_close(grads, whole, 1e-5)
     assert float(figures["loss"]) == pytest.approx(float(once["loss"]), rel=1e-6)
     assert float(figures["grad_norm"]) == pytest.approx(float(once["grad_norm"]), rel=1e-6)
+
+
+NORMED = build_model(
+    "lvvit", image_size=16, patch_size=4, width=16, depth=1, num_heads=2, num_classes=3, filters=4
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulate"), [("jit", 1), ("jit", 2), ("pmap", 1), ("jit, sharded", 1)]
+)
+def test_running_statistics_are_replaced_and_averaged_over_parts_and_time(mode, accumulate):
+    """Each micro-batch, and under pmap each device, has statistics of its own; else the batch."""
+    devices = PmapParallel() if mode == "pmap" else DataParallel(shard_params="sharded" in mode)
+    batch, recipe = make_batch(), make_recipe(accumulate=accumulate)
+    state = devices.init(
+        lambda key: steps.init_state(init_params(NORMED, key), OPTIMIZER, ema=True),
+        jax.random.key(0),
+    )
+    before = jax.tree.map(np.asarray, state["params"])
+    step = functools.partial(steps.train_step, models=(NORMED,), recipe=recipe)
+    program = devices.compile_train(step, state, batch, {})
+    after, _ = program(state, devices.put(batch), {})
+
+    parts = np.arange(BATCH)[None]
+    if accumulate > 1:
+        parts = np.asarray(steps.split(jnp.arange(BATCH), accumulate))
+    if mode == "pmap":
+        parts = parts.reshape(jax.device_count(), -1)
+    learn = jax.jit(lambda p, x: NORMED.apply({"params": p}, x, train=True)[1]["statistics"])
+    seen = [learn(before, CARD.normalize(jnp.asarray(batch["image"][part]))) for part in parts]
+    expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *seen)["patch_embed"]
+    for name, leaves in expected.items():
+        for leaf, value in leaves.items():
+            got = after["params"]["patch_embed"][name][leaf]
+            np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-6)
+            average = 0.1 * before["patch_embed"][name][leaf] + 0.9 * value
+            average_got = after["ema"]["patch_embed"][name][leaf]
+            np.testing.assert_allclose(average_got, average, rtol=1e-5, atol=1e-6)
+    assert (after["params"]["patch_embed"]["bn1"]["scale"] != 1).any()
+
+
+def test_only_the_user_splits_a_batch_that_is_normalized_as_a_whole():
+    assert steps.micro_batches(NORMED, 4096, platform="cpu") == 1
 
 
 def test_splitting_keeps_neighbors_together_and_loses_nothing():

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from configs import common
 from evit_jax import cli
+from evit_jax.data.labels import PUBLISHED
 from evit_jax.errors import InputError
 from evit_jax.measure.timing import take_turns
 from evit_jax.models import build_model, init_params, load_params, preprocessing
@@ -29,7 +30,9 @@ from evit_jax.storage import as_path
 from evit_jax.training import dry_run, metrics, optim, report, steps
 from evit_jax.training.clock import Clock, Startup
 from evit_jax.training.evaluation import Evaluator
+from evit_jax.training.labeling import TokenLabels
 from evit_jax.training.mix import Mix
+from evit_jax.training.progressive import check_factors, stage_models
 from evit_jax.training.ranges import check_ranges
 from evit_jax.training.recorder import Recorder
 from evit_jax.training.run import (
@@ -81,7 +84,7 @@ def main() -> None:
     accumulate = config.run.accumulate or steps.micro_batches(
         model, config.batch_size, platform=devices.platform
     )
-    mixed = dict(accumulate=accumulate, pairs=bool(mix.mixup or mix.cutmix))
+    mixed = dict(accumulate=accumulate, pairs=mix.pairs)
     devices.check_batch_size("batch_size", config.batch_size, **mixed)
     devices.check_batch_size("run.test_batch_size", config.run.test_batch_size)
 
@@ -100,6 +103,11 @@ def main() -> None:
         rungs=config.keep_warmup.rungs,
         rates=config.sandwich,
     )
+    check_factors(model, config.progressive.factors)
+    coarse_steps = calendar.steps(config.progressive.epochs)
+    table = stages.coarse_first(table, config.progressive.factors, coarse_steps)
+    labels = dict(config.labels)
+    label_map = labels.pop("dir") and (data.maps.shape if data else PUBLISHED)
     settings = dict(config.optimizer)
     warmup_steps = calendar.steps(settings.pop("warmup_epochs"))
     optimizer, learning_rate = optim.create(
@@ -111,6 +119,8 @@ def main() -> None:
         mix=mix,
         seed=config.seed,
         label_smoothing=config.label_smoothing,
+        loss=config.loss,
+        labels=TokenLabels(**labels),
         ema_decay=config.ema_decay,
         accumulate=accumulate,
         **teacher.recipe,
@@ -120,12 +130,12 @@ def main() -> None:
     teacher_classes = model.num_classes * (teacher.logits is not None)
     shapes = (
         jax.eval_shape(lambda key: init(init_params(model, key)), key),
-        steps.batch_shapes(model.image_size, config.batch_size, teacher_classes),
+        steps.batch_shapes(model.image_size, config.batch_size, teacher_classes, label_map),
         teacher.params,
     )
 
     def compile_stage(stage: stages.Stage):
-        models = tuple(model.clone(keep=keep) for keep in (stage.keep, *stage.others))
+        models = stage_models(model, stage)
         step = functools.partial(steps.train_step, models=models, recipe=recipe)
         return devices.compile_train(step, *shapes)
 

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.epochs = 30.0  # passes over the training images
     config.weights = ""  # start from this file's, see create_model; "" draws them
     config.new_head = False  # draw the classifier, where the file has none or other classes
+    config.loss = "ce"  # of images: cross entropy; "bce": every class by itself (DeiT-III)
     config.label_smoothing = 0.1
     config.ema_decay = 0.0  # of the averaged weights, which are then evaluated; 0 keeps none
     # Keep rates that one checkpoint shall serve, such as (1.0, 0.7, 0.5): every step trains the
@@ -46,7 +47,9 @@ def get_config() -> ConfigDict:
     config.model.reducer = "evit"  # or evit:fuse=False, random, tome:r=13 (without keep_rate)
     config.model.num_classes = 1000
     config.model.image_size = placeholder(tuple)  # 240 or (height, width); None: its own
-    config.model.drop_path_rate = 0.0  # stochastic depth of the last block, linear from the first
+    config.model.drop_path_rate = 0.0  # stochastic depth of the last block
+    config.model.drop_path = "linear"  # from 0 at the first block; "constant": alike in all
+    config.model.layer_scale = placeholder(float)  # LayerScale's first factors; None: its own
     config.model.dropout_rate = 0.0
     config.model.remat = False  # recompute in the backward pass: less memory, a third more work
     config.model.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU
@@ -56,7 +59,12 @@ def get_config() -> ConfigDict:
     config.keep_warmup.epochs = 0.0  # 0: the target rate from start_epoch on
     config.keep_warmup.rungs = 8  # equal falls the cosine is rounded to, one compilation each
 
-    config.optimizer = ConfigDict()  # AdamW
+    config.progressive = ConfigDict()  # coarse patches first, before those of keep_warmup
+    config.progressive.factors = ()  # (4, 2): patches 4 times as high and wide, then twice
+    config.progressive.epochs = 0.0  # of each
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or "lamb" (DeiT-III, with clip_norm=1)
     config.optimizer.lr = 1e-3  # highest learning rate, at this batch size
     config.optimizer.warmup_lr = 1e-6  # at step 0
     config.optimizer.warmup_epochs = 5.0
@@ -74,9 +82,11 @@ def get_config() -> ConfigDict:
     config.data.damaged = "stop"  # at an image that cannot be read, or "skip" and name it
 
     config.augment = ConfigDict()  # of the training images, on the host
-    config.augment.scale = (0.08, 1.0)  # area of the random crop
+    config.augment.crop = "resized"  # or "simple": nearly all of the image (DeiT-III on 21k)
+    config.augment.scale = (0.08, 1.0)  # area of the resized crop
     config.augment.ratio = (3 / 4, 4 / 3)  # its aspect
     config.augment.flip = True  # left and right, half of the time
+    config.augment.three_augment = False  # gray, solarized or blurred, a third each (DeiT-III)
     config.augment.randaugment_magnitude = 0.0  # 9 in DeiT (rand-m9-mstd0.5-inc1); 0: off
     config.augment.randaugment_std = 0.5  # of the magnitude
     config.augment.randaugment_layers = 2  # operations per image
@@ -88,6 +98,14 @@ def get_config() -> ConfigDict:
     config.mix.mixup = 0.0  # alpha of its beta distribution; DeiT: 0.8
     config.mix.cutmix = 0.0  # the same; DeiT: 1.0
     config.mix.switch = 0.5  # how often cutmix, where both are on
+    config.mix.token = 0.0  # MixToken: alpha of its beta distribution, LV-ViT: 1.0; not with those
+
+    config.labels = ConfigDict()  # token labeling, of models with a head for patches (LV-ViT)
+    # Maps of the training images, see evit_jax.tools.label; "": patches learn their image's class.
+    config.labels.dir = ""
+    config.labels.weight = 1.0  # of the patches' loss; 0: only the image's
+    config.labels.ground_truth = False  # mix the true class into what an image learns from its map
+    config.labels.transposed = False  # exchange the axes of the crop, see docs/token_labeling.md
 
     config.distill = ConfigDict()
     config.distill.teacher = ""  # a model's name; "self": the student run dense; FILE.npy: logits

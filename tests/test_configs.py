@@ -139,7 +139,7 @@ def test_the_recipe_is_deits():
     optimizer = config.optimizer
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.05, 0)
     assert (optimizer.warmup_epochs, optimizer.warmup_lr, optimizer.min_lr) == (5, 1e-6, 1e-5)
-    assert dict(config.mix) == dict(erasing=0.25, mixup=0.8, cutmix=1.0, switch=0.5)
+    assert dict(config.mix) == dict(erasing=0.25, mixup=0.8, cutmix=1.0, switch=0.5, token=0)
     augment = config.augment
     assert (augment.randaugment_magnitude, augment.randaugment_std) == (9, 0.5)
     assert (augment.randaugment_layers, augment.repeats, augment.scale) == (2, 3, (0.08, 1.0))
@@ -149,3 +149,40 @@ def test_the_recipe_is_deits():
     assert (tuned.epochs, tuned.model.drop_path_rate, tuned.keep_warmup.epochs) == (30, 0, 0)
     assert tuned.optimizer.lr == pytest.approx(2 * 2e-5)  # at batch 1024
     assert tuned.optimizer.weight_decay == 1e-6
+
+
+def test_the_recipe_is_lvvits():
+    config = load("evit_lvvit")
+    assert (config.epochs, config.label_smoothing, config.ema_decay) == (300, 0.1, 0.99992)
+    assert config.optimizer.lr == pytest.approx(1.6e-3)
+    assert (config.optimizer.weight_decay, config.optimizer.min_lr) == (0.05, 1e-5)
+    mix = dict(erasing=0.25, mixup=0, cutmix=0, switch=0.5, token=1)
+    assert dict(config.mix) == mix
+    assert (config.augment.randaugment_magnitude, config.augment.repeats) == (9, 1)
+    assert config.model.drop_path_rate == 0.1
+    reducing = [i for i, keep in enumerate(build_model(**config.model).keep) if keep]
+    assert reducing == [4, 8, 12]
+    medium = build_model(**load("evit_lvvit", "size=medium").model)
+    assert [i for i, keep in enumerate(medium.keep) if keep] == [5, 10, 15]
+
+
+def test_the_recipe_is_deit3s_in_each_of_its_stages():
+    config = load("deit3")
+    assert (config.loss, config.label_smoothing, config.batch_size) == ("bce", 0, 2048)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.clip_norm) == ("lamb", 4e-3, 1)
+    assert (config.augment.three_augment, config.augment.color_jitter) == (True, 0.3)
+    assert (config.model.drop_path, config.model.drop_path_rate) == ("constant", 0.05)
+    model = build_model(**config.model)
+    assert {model.block_settings(i)["drop_path_rate"] for i in range(model.depth)} == {0.05}
+    base = load("deit3", "model=base")
+    assert (base.model.image_size, base.optimizer.lr) == ((192, 192), 3e-3)
+    tuned = load("deit3", "model=large,stage=finetune_384")
+    assert tuned.model.image_size == (384, 384)
+    assert (tuned.loss, tuned.label_smoothing, tuned.optimizer.name) == ("ce", 0.1, "adamw")
+    assert (tuned.optimizer.lr, tuned.optimizer.weight_decay) == (1e-5, 0.1)
+    assert tuned.model.drop_path_rate == 0.4
+    with pytest.raises(InputError, match="small has no stage finetune_224"):
+        load("deit3", "stage=finetune_224")
+    with pytest.raises(InputError, match="did you mean 'pretrain'"):
+        load("deit3", "stage=pretrained")

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors"},
     {"spec", "storage", "tables"},
-    {"plan", "data", "weights", "runtime", "pictures"},
-    {"tokens", "cli"},
+    {"plan", "weights", "runtime", "pictures"},
+    {"tokens", "cli", "data"},
     {"reducers"},
     {"models"},
     {"training"},

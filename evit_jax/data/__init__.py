@@ -9,9 +9,11 @@ which returns an object with `classes` (the class names, in label order), `len()
 
     {"image": encoded bytes or a uint8 array (H, W) or (H, W, 3), "label": int, "name": str}
 
-`name` says which image it is in error messages. The object is pickled for worker processes. Where
-the caller may choose the classes, `source` also takes `classes`, their names in label order, or
-None. Nothing here imports JAX.
+`name` says which image it is in error messages, and which label map is its own (`labels.py`); where
+it cannot, "file" is the name that does. An object that can tell these without reading the image
+has `describe(index)`. The object is pickled for worker processes. Where the
+caller may choose the classes, `source` also takes `classes`, their names in label order, or None.
+Nothing here imports JAX.
 """
 
 import importlib

@@ -15,6 +15,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+PADDING = 4  # pixels, of the simple random crop
 
 
 def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
@@ -75,6 +76,35 @@ def random_resized_crop(
     return cropped.resize(size[::-1], INTERPOLATIONS[interpolation])
 
 
+def simple_crop(
+    image: Image.Image,
+    rng: np.random.Generator,
+    *,
+    size: tuple[int, int],
+    interpolation: str,
+) -> Image.Image:
+    """DeiT-III's simple random crop: most of the image at its own aspect, moved by a little.
+
+    The image is resized to cover `size` (height, width), padded by 4 pixels that mirror it, and a
+    window of `size` is cut out anywhere.
+    """
+    image = image.resize(covering(image.size, size), INTERPOLATIONS[interpolation])
+    pixels = np.asarray(image)
+    pixels = np.pad(pixels, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)), "reflect")
+    top, left = (
+        rng.integers(there - side + 1) for there, side in zip(pixels.shape[:2], size, strict=True)
+    )
+    return Image.fromarray(pixels[top : top + size[0], left : left + size[1]])
+
+
+def covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (width, height) of this aspect, rounded down, that covers (height, width)."""
+    (width, height), (high, wide) = image, size
+    if height * wide >= width * high:  # the width binds
+        return wide, max(high, wide * height // width)
+    return max(wide, high * width // height), high
+
+
 def center_crop(
     image: Image.Image,
     *,
@@ -89,13 +119,7 @@ def center_crop(
     rounded down; to squash makes both sides that, as timm's crop mode of this name.
     """
     high, wide = (math.floor(side / crop) for side in size)
-    width, height = image.size
-    if squash:
-        resized = wide, high
-    elif height * wide >= width * high:  # the width binds
-        resized = wide, max(high, wide * height // width)
-    else:
-        resized = max(wide, high * width // height), high
+    resized = (wide, high) if squash else covering(image.size, (high, wide))
     image = image.resize(resized, INTERPOLATIONS[interpolation])
     left, top = round((resized[0] - size[1]) / 2), round((resized[1] - size[0]) / 2)
     return image.crop((left, top, left + size[1], top + size[0]))

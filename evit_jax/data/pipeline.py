@@ -11,59 +11,23 @@ image of the source instead, evaluation masks it, and both mark it as `damaged`.
 """
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from evit_jax.data.augment import center_crop, decode, random_resized_crop
+from evit_jax.data.augment import center_crop, decode
+from evit_jax.data.labels import LabelMaps
 from evit_jax.data.loader import Part, prepare
 from evit_jax.data.order import Order
-from evit_jax.data.randaugment import color_jitter, rand_augment
 from evit_jax.data.targets import Logits
-from evit_jax.errors import InputError
+from evit_jax.data.view import CROPS, View
+from evit_jax.errors import InputError, check_name
 
 # So many damaged images next to each other are more than damaged images.
 MAX_CONSECUTIVE_DAMAGED = 100
 HOST_ARRAYS = ("index", "damaged")  # of a batch; the devices have no use for them
-
-
-def train_view(
-    image: Image.Image,
-    rng: np.random.Generator,
-    *,
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: bool,
-    randaugment_magnitude: float,
-    randaugment_std: float,
-    randaugment_layers: int,
-    jitter: float,
-    interpolation: str,
-    fill: tuple[int, int, int],
-) -> np.ndarray:
-    """Random resized crop, flip, then RandAugment or else color jitter: timm's order."""
-    image = random_resized_crop(
-        image, rng, size=size, scale=scale, ratio=ratio, interpolation=interpolation
-    )
-    if flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if randaugment_magnitude:
-        image = rand_augment(
-            image,
-            rng,
-            magnitude=randaugment_magnitude,
-            std=randaugment_std,
-            layers=randaugment_layers,
-            fill=fill,
-            interpolation=interpolation,
-        )
-    elif jitter:
-        image = color_jitter(image, rng, strength=jitter)
-    return np.asarray(image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,29 +36,34 @@ class TrainExample:
 
     source: object
     order: Order
-    view: Callable  # (image, random generator) -> uint8 array
+    view: View
     skip: bool
     logits: Logits | None
+    maps: LabelMaps | None
 
     def __call__(self, place: int) -> dict:
         index = self.order[place]
-        image, label, shown = self.load(index)
-        example = dict(
-            image=self.view(image, self.order.generator(place)),
-            label=np.int32(label),
+        image, element, shown = self.load(index)
+        rng = self.order.generator(place)
+        if self.maps is None:
+            example = self.view(image, rng)
+        else:
+            example = self.view.labeled(image, self.maps(element), rng)
+        example |= dict(
+            label=np.int32(element["label"]),
             index=np.int32(index),
             damaged=np.bool_(shown != index),
         )
         return example if self.logits is None else example | dict(teacher=self.logits[shown])
 
-    def load(self, index: int) -> tuple[Image.Image, int, int]:
-        """(decoded image, label, its index) of this image or of the first readable one after it."""
+    def load(self, index: int) -> tuple[Image.Image, dict, int]:
+        """(decoded, element, its index) of this image or of the first readable one after it."""
         tries = min(MAX_CONSECUTIVE_DAMAGED, len(self.source))
         for number in range(index, index + tries):
             shown = number % len(self.source)
             element = self.source[shown]
             try:
-                return decode(element["image"], element["name"]), element["label"], shown
+                return decode(element["image"], element["name"]), element, shown
             except InputError as error:
                 if not self.skip:
                     raise
@@ -177,6 +146,9 @@ def train_batches(
     workers: int = 0,
     damaged: str = "stop",
     logits: np.ndarray | None = None,
+    maps: LabelMaps | None = None,
+    crop: str = "resized",
+    three_augment: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's share of the training batches from step `start` on, without end.
 
@@ -184,7 +156,7 @@ def train_batches(
       source: random access, see `evit_jax.data`.
       size: height and width of the images.
       scale, ratio: range of area and aspect of the random crop.
-      randaugment_magnitude, randaugment_std, randaugment_layers: see `randaugment.rand_augment`;
+      randaugment_magnitude, randaugment_std, randaugment_layers: see `randaugment.draw`;
         magnitude 0 is off.
       color_jitter: strength; 0 is off, and so is any where RandAugment is on, as in timm.
       repeats: how often in a row each drawn image comes, see `Order`.
@@ -195,25 +167,39 @@ def train_batches(
         threads do not keep busy; they start by importing the main module of the program.
       damaged: "stop" raises InputError, "skip" shows the next readable image instead.
       logits: (images of the source, C) any float dtype, a teacher's, in the source's order.
+      maps: label maps of the images, see `evit_jax.data.labels`.
+      crop: "resized", a random box of the image, or "simple", see `augment.simple_crop`.
+      three_augment: DeiT-III's, see `evit_jax.data.three_augment`.
 
     Yields:
       image (B, height, width, 3) uint8; label (B,) int32; index (B,) int32, the image's number in
       the source; damaged (B,) bool, whether that image could not be read and another one is shown;
-      and with logits those of the image shown as teacher (B, C) float32.
+      and with logits those of the image shown as teacher (B, C) float32. With maps what
+      `View.labeled` has of them besides: label_logits, label_ids and label_box.
+
+    Raises:
+      InputError: unknown ways to crop or to treat damaged images, or what does not fit together.
     """
     check_damaged(damaged)
+    check_name("crop", crop, CROPS)
+    if maps is not None and (crop != "resized" or three_augment):
+        raise InputError(
+            "label maps follow the resized crop and RandAugment; set augment.crop to 'resized' and "
+            "augment.three_augment to False, or labels.dir to ''"
+        )
     if logits is not None and len(logits) != len(source):
         raise InputError(f"there are {len(logits):,} teacher's logits for {len(source):,} images")
-    view = functools.partial(
-        train_view,
+    view = View(
         size=tuple(size),
+        crop=crop,
         scale=tuple(scale),
         ratio=tuple(ratio),
         flip=flip,
+        three_augment=three_augment,
         randaugment_magnitude=randaugment_magnitude,
         randaugment_std=randaugment_std,
         randaugment_layers=randaugment_layers,
-        jitter=color_jitter,
+        color_jitter=color_jitter,
         interpolation=interpolation,
         fill=tuple(fill),
     )
@@ -223,6 +209,7 @@ def train_batches(
         view,
         skip=damaged == "skip",
         logits=None if logits is None else Logits(logits),
+        maps=maps,
     )
     part = Part(example, batch_size, start, host, hosts)
     return prepare(part, sys.maxsize, threads, workers)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """RandAugment as timm's `rand-m9-mstd0.5-inc1` and torchvision's color jitter, in Pillow.
 
-The operations are pure functions in one table; what is random is drawn by `rand_augment` alone.
+The operations are pure functions in one table; what is random is drawn by `draw` alone.
 RandAugment: https://arxiv.org/abs/1909.13719.
 """
+
+import math
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -58,6 +60,51 @@ OPERATIONS = {
 }
 
 
+def moved(name: str, level: float, width: int, height: int) -> tuple[float, ...] | None:
+    """The affine map of an operation on an image of this size, as `affine` takes it.
+
+    None of one that leaves every pixel where it is.
+    """
+    if name == "Rotate":  # about the center, as Pillow does it
+        angle = math.radians(30 * level)
+        cos, sin = math.cos(angle), math.sin(angle)
+        x, y = width / 2, height / 2
+        return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+    return {
+        "ShearX": (1.0, 0.3 * level, 0.0, 0.0, 1.0, 0.0),
+        "ShearY": (1.0, 0.0, 0.0, 0.3 * level, 1.0, 0.0),
+        "TranslateX": (1.0, 0.0, 0.45 * level * width, 0.0, 1.0, 0.0),
+        "TranslateY": (1.0, 0.0, 0.0, 0.0, 1.0, 0.45 * level * height),
+    }.get(name)
+
+
+def warp_of(interpolation: str, fill: tuple[int, int, int]) -> dict:
+    """The argument `warp` of the operations.
+
+    Args:
+      fill: RGB of what comes into view from outside; timm takes the model's mean, rounded.
+      interpolation: of the affine maps.
+    """
+    return dict(resample=FILTERS[interpolation], fillcolor=fill)
+
+
+def draw(
+    rng: np.random.Generator, *, magnitude: float, std: float, layers: int
+) -> list[tuple[str, float]]:
+    """Names and levels of up to `layers` random operations, each there with probability one half.
+
+    Args:
+      magnitude, std: of the normal distribution of an operation's magnitude, clipped to [0, 10].
+    """
+    names, drawn = list(OPERATIONS), []
+    for _ in range(layers):
+        name = names[rng.integers(len(names))]
+        if rng.random() < 0.5:
+            level = min(max(rng.normal(magnitude, std), 0.0), 10.0) / 10
+            drawn.append((name, level if rng.random() < 0.5 else -level))
+    return drawn
+
+
 def rand_augment(
     image: Image.Image,
     rng: np.random.Generator,
@@ -68,20 +115,10 @@ def rand_augment(
     fill: tuple[int, int, int],
     interpolation: str,
 ) -> Image.Image:
-    """Up to `layers` random operations on an RGB image, each applied with probability one half.
-
-    Args:
-      magnitude, std: of the normal distribution of an operation's magnitude, clipped to [0, 10].
-      fill: RGB of what comes into view from outside; timm takes the model's mean, rounded.
-      interpolation: of the affine maps.
-    """
-    warp = dict(resample=FILTERS[interpolation], fillcolor=fill)
-    operations = list(OPERATIONS.values())
-    for _ in range(layers):
-        operation = operations[rng.integers(len(operations))]
-        if rng.random() < 0.5:
-            level = min(max(rng.normal(magnitude, std), 0.0), 10.0) / 10
-            image = operation(image, level if rng.random() < 0.5 else -level, warp)
+    """The operations that `draw` draws on an RGB image, the others as for `warp_of`."""
+    warp = warp_of(interpolation, fill)
+    for name, level in draw(rng, magnitude=magnitude, std=std, layers=layers):
+        image = OPERATIONS[name](image, level, warp)
     return image
 
 

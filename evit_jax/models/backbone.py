@@ -33,6 +33,7 @@ CHOICES = dict(
     activation=tuple(ACTIVATIONS),
     mlp=("plain", "swiglu", "swiglu_packed"),
     pool=("token", "avg", "map"),
+    drop_path=("linear", "constant"),
 )
 
 
@@ -98,7 +99,8 @@ class Backbone(nn.Module):
     patch_head: bool = False  # a classifier of every patch token besides (token labeling)
     final_norm: bool = True
     dropout_rate: float = 0.0
-    drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 in the first
+    drop_path_rate: float = 0.0  # of the last block
+    drop_path: str = "linear"  # from 0 in the first block; or "constant", alike in all (DeiT-III)
     keep: Keep = ()  # patch tokens kept by each block, from `plan`; () keeps all
     reducer: Reducer = EViT()
     remat: bool = False  # recompute each block in the backward pass instead of storing its insides

@@ -145,7 +145,8 @@ class ViT(Backbone):
             reducer=self.reducer,
             layer=number,
             dropout_rate=self.dropout_rate,
-            drop_path_rate=self.drop_path_rate * number / max(self.depth - 1, 1),
+            drop_path_rate=self.drop_path_rate
+            * (1 if self.drop_path == "constant" else number / max(self.depth - 1, 1)),
             dtype=self.dtype,
             pallas=self.pallas,
             layer_scale=self.layer_scale,

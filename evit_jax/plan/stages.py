@@ -17,13 +17,15 @@ class Stage(NamedTuple):
     """From `step` on, until the next stage, each block keeps `keep`.
 
     `keep_rate` is the nominal rate for logs, None where counts were given instead of rates.
-    `others` are further plans trained in the same steps, see `sandwich`.
+    `others` are further plans trained in the same steps, see `sandwich`. `coarse` is how many times
+    as high and wide patches are, see `coarse_first`.
     """
 
     step: int
     keep_rate: float | None
     keep: Keep
     others: tuple[Keep, ...] = ()
+    coarse: int = 1
 
 
 def stages(
@@ -88,6 +90,26 @@ def sandwich(planner: Callable[[float], Keep], rates: Sequence[float]) -> tuple[
         Stage(0, rate, planner(largest), tuple(planner(r) for r in dict.fromkeys((rate, smallest))))
         for rate in between or [smallest]
     )
+
+
+def coarse_first(table: tuple[Stage, ...], factors: Sequence[int], steps: int) -> tuple[Stage, ...]:
+    """The table with stages of larger patches, all kept, in the place of its beginning.
+
+    Args:
+      factors: how many times as high and wide patches are in each stage, such as (4, 2).
+      steps: of each.
+
+    Raises:
+      InputError: a sandwich, which trains all of its rates from the first step.
+    """
+    if not factors or not steps:
+        return table
+    if table[0].others:
+        raise InputError("a sandwich begins with all of its rates: set progressive.factors to ()")
+    coarse = [Stage(i * steps, 1.0, (), coarse=factor) for i, factor in enumerate(factors)]
+    end = len(factors) * steps
+    later = (stage for stage in table if stage.step > end)
+    return (*coarse, stage_at(table, end)._replace(step=end), *later)
 
 
 def stage_at(table: tuple[Stage, ...], step: int, seed: int = 0) -> Stage:

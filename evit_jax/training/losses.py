@@ -17,6 +17,19 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.sum(targets * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Every class by itself, there or not, as DeiT-III learns: (B, num_classes) -> (B,) nats.
+
+    A class with any part in the targets is there, so both classes of a mixed image are. The mean
+    over classes.
+    """
+    logits = logits.astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(logits) - logits * (targets > 0), axis=-1)
+
+
+LOSSES = dict(ce=cross_entropy, bce=binary_cross_entropy)
+
+
 def divergence(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Kullback-Leibler divergence of softmax(logits) from target probabilities, (B,) nats."""
     return cross_entropy(logits, targets) + jnp.sum(jax.scipy.special.xlogy(targets, targets), -1)

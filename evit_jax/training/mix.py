@@ -2,8 +2,9 @@
 """Random erasing, mixup and cutmix with timm's distributions, on the device inside the train step.
 
 Random erasing: https://arxiv.org/abs/1708.04896; mixup: https://arxiv.org/abs/1710.09412;
-cutmix: https://arxiv.org/abs/1905.04899. The functions below `Mix` take fixed draws; boxes are
-(4,) int32: top, left, bottom, right, the last two outside.
+cutmix: https://arxiv.org/abs/1905.04899; MixToken, cutmix of patch tokens instead of pixels, so
+that no token has two images in it: https://arxiv.org/abs/2104.10858. The functions below `Mix` take
+fixed draws; boxes are (4,) int32: top, left, bottom, right, the last two outside.
 """
 
 import dataclasses
@@ -27,12 +28,22 @@ class Mix:
     mixup: float = 0.0  # alpha of the weight's distribution Beta(alpha, alpha)
     cutmix: float = 0.0  # the same of the fraction of the image that stays
     switch: float = 0.5  # probability of cutmix where both are on
+    token: float = 0.0  # MixToken: alpha of the fraction of the patch tokens that stay
 
     def __post_init__(self):
         if not (0 <= self.erasing <= 1 and 0 <= self.switch <= 1):
             raise InputError(f"erasing and switch are probabilities in [0, 1], got {self}")
-        if min(self.mixup, self.cutmix) < 0:
-            raise InputError(f"mixup and cutmix are 0 (off) or greater, got {self}")
+        if min(self.mixup, self.cutmix, self.token) < 0:
+            raise InputError(f"mixup, cutmix and token are 0 (off) or greater, got {self}")
+        if self.token and (self.mixup or self.cutmix):
+            raise InputError(
+                f"MixToken takes the place of mixup and cutmix: set them or token to 0, got {self}"
+            )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether images are mixed with one another, in pairs of neighbors."""
+        return bool(self.mixup or self.cutmix or self.token)
 
     def __call__(
         self, images: jax.Array, targets: Any, key: jax.Array, index: jax.Array
@@ -52,17 +63,24 @@ class Mix:
         if self.erasing:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), index)
             images = jax.vmap(self.random_erase)(images, keys)
+        if self.pairs and len(images) % 2:
+            raise InputError(
+                f"mixup, cutmix and MixToken mix pairs of images, got a batch of {len(images)}; "
+                "choose a batch size that is even on every device and in every micro-batch, "
+                "or set them to 0"
+            )
         if self.mixup or self.cutmix:
-            if len(images) % 2:
-                raise InputError(
-                    f"mixup and cutmix mix pairs of images, got a batch of {len(images)}; "
-                    "choose a batch size that is even on every device and in every micro-batch, "
-                    "or set mixup and cutmix to 0"
-                )
             weights, share = self.random_weights(jax.random.fold_in(key, 1), size)
             images = blend(images, weights)
             targets = jax.tree.map(lambda leaf: blend(leaf, share), targets)
         return images, targets
+
+    def random_tokens(self, key: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """(P,) bool: the patches that MixToken takes from an image's partner, a box of the grid."""
+        beta_key, center_key = jax.random.split(jax.random.fold_in(key, 2))
+        share = jax.random.beta(beta_key, self.token, self.token)
+        center = jax.random.randint(center_key, (2,), 0, jnp.array(grid))
+        return inside(token_box(share, center, grid), grid).reshape(-1)
 
     def random_erase(self, image: jax.Array, key: jax.Array) -> jax.Array:
         """(H, W, 3) -> the same with noise in a random box, or unchanged where the box is empty."""
@@ -134,6 +152,13 @@ def box_of(share: jax.Array, center: jax.Array, size: tuple[int, int]) -> jax.Ar
     sides = (size * jnp.sqrt(1 - share)).astype(jnp.int32)
     corners = jnp.stack([center - sides // 2, center + (sides + 1) // 2])
     return jnp.clip(corners, 0, size[None]).reshape(4)
+
+
+def token_box(share: jax.Array, center: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """`box_of` as MixToken's code has it: half a side either way, so that odd sides lose one."""
+    sides = (jnp.array(grid) * jnp.sqrt(1 - share)).astype(jnp.int32)
+    corners = jnp.stack([center - sides // 2, center + sides // 2])
+    return jnp.clip(corners, 0, jnp.array(grid)[None]).reshape(4)
 
 
 def blend(batch: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW as ViTs are trained with: decay on matrices only, warm-up and cosine, clipping."""
+"""AdamW and LAMB as ViTs are trained: decay on matrices only, warm-up and cosine, clipping."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from evit_jax.errors import check_name
 
 
 def learning_rate(
@@ -29,8 +33,29 @@ def decayed(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def lamb(
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """LAMB (https://arxiv.org/abs/1904.00962) as in timm, with which DeiT-III was trained.
+
+    A matrix's step is as long as the matrix, times the learning rate; what does not decay takes
+    Adam's step. `optax.lamb` makes no such difference.
+    """
+    adapted = decayed if weight_decay else lambda params: jax.tree.map(lambda _: False, params)
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=1e-6),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.masked(optax.scale_by_trust_ratio(), adapted),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+OPTIMIZERS = dict(adamw=functools.partial(optax.adamw, mask=decayed), lamb=lamb)
+
+
 def create(
     *,
+    name: str = "adamw",  # of OPTIMIZERS
     lr: float,
     min_lr: float,
     warmup_lr: float,
@@ -50,5 +75,6 @@ def create(
         total_steps=total_steps,
     )
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    adam = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    check_name("optimizer", name, OPTIMIZERS)
+    adam = OPTIMIZERS[name](schedule, b1=b1, b2=b2, weight_decay=weight_decay)
     return optax.chain(clip, adam), schedule

@@ -9,6 +9,7 @@ import numpy as np
 
 from evit_jax.plan.flops import macs
 from evit_jax.tables import runs, table
+from evit_jax.training.progressive import stage_models
 
 
 def size_of(tree) -> int:
@@ -105,8 +106,8 @@ def line(figures: dict, total: int) -> str:
 
 def stage_line(model, stage) -> str:
     """A stage's tokens in a few words."""
-    plans = (stage.keep, *stage.others)
-    return "tokens " + " with ".join(runs(model.clone(keep=p).tokens_per_block) for p in plans)
+    trained = stage_models(model, stage)
+    return "tokens " + " with ".join(runs(variant.tokens_per_block) for variant in trained)
 
 
 def stage_table(model, stages, *, steps_per_epoch: int) -> str:
@@ -116,8 +117,7 @@ def stage_table(model, stages, *, steps_per_epoch: int) -> str:
     """
     rows = [["from epoch", "keep rate", "tokens after each block", "GMACs"]]
     for stage in stages:
-        for i, keep in enumerate((stage.keep, *stage.others)):
-            variant = model.clone(keep=keep)
+        for i, variant in enumerate(stage_models(model, stage)):
             rate = "" if stage.keep_rate is None or stage.others else f"{stage.keep_rate:.3g}"
             when = f"{stage.step / steps_per_epoch:g}" if i == 0 else "with"
             tokens = runs(variant.tokens_per_block)

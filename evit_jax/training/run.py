@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from evit_jax.data import open_source, pipeline
+from evit_jax.data.labels import open_label_maps
 from evit_jax.errors import InputError
 from evit_jax.plan import stages
 from evit_jax.plan.files import read_plan
@@ -66,6 +67,14 @@ class Data:
                 f"the data has {len(self.train.classes)} classes and the model only "
                 f"{model.num_classes}; set --config.model.num_classes"
             )
+        self.maps = None
+        if folder := config.labels.dir:
+            if config.mix.mixup or config.mix.cutmix:
+                raise InputError(
+                    "label maps are mixed by patches: use mix.token instead of mix.mixup and "
+                    "mix.cutmix, or labels.dir=''"
+                )
+            self.maps = open_label_maps(folder, self.train, model.num_classes)
         self.config, self.card, self.logits = config, card, logits
         self.view = dict(
             size=model.image_size,
@@ -83,6 +92,7 @@ class Data:
             **self.config.augment,
             fill=self.card.fill,
             logits=self.logits,
+            maps=self.maps,
             seed=self.config.seed,
             batch_size=self.config.batch_size,
             start=start,

@@ -23,10 +23,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from evit_jax.errors import InputError, check_name
 from evit_jax.models.card import Preprocessing
 from evit_jax.runtime.parallel import Chunked, chunk_size
 from evit_jax.training import losses, metrics
-from evit_jax.training.mix import Mix
+from evit_jax.training.labeling import TokenLabels
+from evit_jax.training.mix import Mix, blend
+from evit_jax.training.progressive import coarse_images, coarse_params
 
 State = dict
 Batch = dict[str, jax.Array]
@@ -38,14 +41,24 @@ class Recipe:
 
     preprocessing: Preprocessing
     optimizer: optax.GradientTransformation
-    mix: Mix  # random erasing, mixup, cutmix
+    mix: Mix  # random erasing, mixup, cutmix, MixToken
     seed: int = 0
     label_smoothing: float = 0.0
+    loss: str = "ce"  # of the class head with the labels, one of `losses.LOSSES`
+    labels: TokenLabels | None = None  # what patches learn; None: nothing
     ema_decay: float = 0.0
     accumulate: int = 1  # micro-batches whose gradients are averaged
     distillation: losses.Distillation | None = None
     teacher: object = None  # a Linen module; None where the batch brings the teacher's logits
     teacher_preprocessing: Preprocessing | None = None
+
+    def __post_init__(self):
+        check_name("loss", self.loss, losses.LOSSES)
+        if self.loss == "bce" and self.label_smoothing:
+            raise InputError(
+                "loss='bce' learns every class that has a part in the targets, and smoothing gives "
+                f"all of them one: set label_smoothing to 0, got {self.label_smoothing}"
+            )
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation, *, ema: bool) -> State:
@@ -70,15 +83,28 @@ def micro_batches(model, batch_size: int, *, platform: str | None = None) -> int
 
 
 def batch_shapes(
-    image_size: tuple[int, int], batch_size: int, teacher_classes: int = 0
+    image_size: tuple[int, int],
+    batch_size: int,
+    teacher_classes: int = 0,
+    label_map: tuple[int, int, int] | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a training batch."""
+    """The shapes and dtypes of a training batch.
+
+    Args:
+      teacher_classes: of the logits that come with the images; 0: none do.
+      label_map: the shape of the label maps that come with them, None: none do.
+    """
     shapes = dict(
         image=jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.uint8),
         label=jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     )
     if teacher_classes:
         shapes["teacher"] = jax.ShapeDtypeStruct((batch_size, teacher_classes), jnp.float32)
+    if label_map:
+        of_map = batch_size, *label_map
+        shapes["label_logits"] = jax.ShapeDtypeStruct(of_map, jnp.float16)
+        shapes["label_ids"] = jax.ShapeDtypeStruct(of_map, jnp.int16)
+        shapes["label_box"] = jax.ShapeDtypeStruct((batch_size, 4), jnp.float32)
     return shapes
 
 
@@ -88,14 +114,42 @@ def eval_params(state: State) -> dict:
 
 
 def prepare(
-    batch: Batch, index: jax.Array, key: jax.Array, *, num_classes: int, recipe: Recipe
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Normalized, erased and mixed images, and what to learn of them, mixed the same way."""
+    batch: Batch, index: jax.Array, key: jax.Array, *, model, recipe: Recipe
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """What the model sees of a batch and what it learns of it.
+
+    Returns:
+      images: normalized, erased and mixed.
+      targets: label (B, C) and, where patches have a head, patches (B, P, C), mixed the same way;
+        perhaps teacher (B, C).
+      given: what else the model is called with: with MixToken `swap`, else nothing.
+    """
     images = recipe.preprocessing.normalize(batch["image"])
-    targets = dict(label=losses.smooth_labels(batch["label"], num_classes, recipe.label_smoothing))
+    classes, smoothing = model.num_classes, recipe.label_smoothing
+    patches = recipe.labels is not None and getattr(model, "patch_head", False)
+    if "label_box" in batch:
+        targets = recipe.labels.targets(batch, classes, model.grid, smoothing)
+    else:
+        truth = losses.smooth_labels(batch["label"], classes, smoothing)
+        targets = dict(label=truth)
+        if patches:  # they learn their image's class
+            targets["patches"] = jnp.repeat(truth[:, None], model.patches, axis=1)
+    if not patches:
+        targets.pop("patches", None)
     if "teacher" in batch:
         targets["teacher"] = recipe.distillation.targets(batch["teacher"])
-    return recipe.mix(images, targets, key, index)
+    images, targets = recipe.mix(images, targets, key, index)
+    if not recipe.mix.token:
+        return images, targets, {}
+    box = recipe.mix.random_tokens(key, model.grid)
+    weights = {name: ~box[None, :, None] if name == "patches" else own(box) for name in targets}
+    given = dict(swap=jnp.broadcast_to(box, (len(images), len(box))))
+    return images, jax.tree.map(blend, targets, weights), given
+
+
+def own(swap: jax.Array) -> jax.Array:
+    """The share of an image's own tokens where MixToken swaps these (..., P), a number for all."""
+    return 1 - jnp.mean(swap.astype(jnp.float32))
 
 
 def image_losses(logits: jax.Array, out: dict, targets: dict, recipe: Recipe) -> jax.Array:
@@ -103,12 +157,13 @@ def image_losses(logits: jax.Array, out: dict, targets: dict, recipe: Recipe) ->
 
     What the model's reducers reported as `loss` is added.
     """
+    learn = losses.LOSSES[recipe.loss]
     if "teacher" in targets:
-        base = losses.cross_entropy(out.get("logits_cls", logits), targets["label"])
+        base = learn(out.get("logits_cls", logits), targets["label"])
         student = out.get("logits_dist", logits)
         loss = recipe.distillation.loss(base, student, targets["teacher"])
     else:
-        loss = losses.cross_entropy(logits, targets["label"])
+        loss = learn(logits, targets["label"])
     return sum(out["aux"].get("loss", ()), start=loss)
 
 
@@ -132,9 +187,7 @@ def gradients(
     with the labels kept). Their losses are averaged.
     """
     mix_key, drop_key = jax.random.split(key)
-    images, targets = prepare(
-        batch, index, mix_key, num_classes=models[0].num_classes, recipe=recipe
-    )
+    images, targets, given = prepare(batch, index, mix_key, model=models[0], recipe=recipe)
     if recipe.teacher is not None:
         seen = images
         if recipe.teacher_preprocessing:
@@ -143,15 +196,21 @@ def gradients(
         variables = {"params": gather(frozen.get("teacher", params))}
         logits, _ = recipe.teacher.apply(variables, seen)
         targets["teacher"] = recipe.distillation.targets(logits)
+        if given:  # the teacher saw whole images
+            targets["teacher"] = blend(targets["teacher"], own(given["swap"]))
 
     first, total = None, None
     for model in models:
 
         def objective(params, model=model, first=first):
             rngs = dict(dropout=drop_key)
-            variables = {"params": gather(params)}
-            logits, out = model.apply(variables, images, train=True, index=index, rngs=rngs)
+            variables = {"params": coarse_params(gather(params), model)}
+            call = dict(train=True, index=index, rngs=rngs) | given
+            logits, out = model.apply(variables, coarse_images(images, model), **call)
             loss = image_losses(logits, out, targets, recipe)
+            if "patches" in targets:
+                fuses = model.reducer.extra > 0
+                loss += recipe.labels.loss(out, targets["patches"], fuses=fuses)
             if first is not None:
                 loss = loss + losses.divergence(logits, jax.nn.softmax(first))
             return jnp.mean(loss) / len(models), (loss, logits, out.get("statistics", {}))
@@ -179,7 +238,8 @@ def train_step(
 
     Args:
       state: see above.
-      batch: image (B, H, W, 3) uint8, label (B,) int32, perhaps teacher (B, classes) logits.
+      batch: image (B, H, W, 3) uint8, label (B,) int32, perhaps teacher (B, classes) logits, and
+        label maps with the boxes of their crops, see `TokenLabels.targets`.
       frozen: {"teacher": its parameters} or {}.
       models: Linen modules over the same parameters; one, unless several keep rates are trained.
       recipe: everything else.

@@ -207,6 +207,8 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
 
 def _state_dict(value, size: int) -> dict[str, Tensor]:
     """The tensors of the state dict in an unpickled checkpoint of a file of `size` bytes."""
+    if isinstance(value, Tensor):  # saved by itself, as label maps are
+        value = {"tensor": value}
     if isinstance(value, dict):
         nested = (value[key] for key in NESTED if key in value)
         value = next((entry for entry in nested if isinstance(entry, dict)), value)

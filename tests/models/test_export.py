@@ -7,17 +7,20 @@ import jax
 import pytest
 from jax import export
 
-from configs import evit_deit
+from configs import deit3, evit_deit, evit_lvvit
+from evit_jax.data.labels import PUBLISHED
 from evit_jax.models import build_model, init_params, preprocessing
 from evit_jax.models.fused_gpu import EXPORTED
 from evit_jax.training import optim, steps
+from evit_jax.training.labeling import TokenLabels
 from evit_jax.training.mix import Mix
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_whole_training_step_of_the_small_model_lowers_for(platform):
-    config = evit_deit.get_config()
-    model = build_model(**config.model)
+@pytest.mark.parametrize(("recipe_of", "depth"), [(evit_deit, 12), (evit_lvvit, 4), (deit3, 4)])
+def test_the_whole_training_step_of_the_small_model_lowers_for(platform, recipe_of, depth):
+    config = recipe_of.get_config()
+    model = build_model(**dict(config.model) | dict(depth=depth))
     settings = dict(config.optimizer)
     settings.pop("warmup_epochs")
     optimizer, _ = optim.create(**settings, warmup_steps=5, total_steps=300)
@@ -25,6 +28,8 @@ def test_the_whole_training_step_of_the_small_model_lowers_for(platform):
         preprocessing=preprocessing(config.model.name),
         optimizer=optimizer,
         mix=Mix(**config.mix),
+        loss=config.loss,
+        labels=TokenLabels(),
         label_smoothing=config.label_smoothing,
         ema_decay=config.ema_decay,
     )
@@ -32,7 +37,8 @@ def test_the_whole_training_step_of_the_small_model_lowers_for(platform):
         lambda key: steps.init_state(init_params(model, key), optimizer, ema=True),
         jax.random.key(0),
     )
-    batch = steps.batch_shapes(model.image_size, config.batch_size)
+    label_map = PUBLISHED if recipe_of is evit_lvvit else None
+    batch = steps.batch_shapes(model.image_size, config.batch_size, label_map=label_map)
     step = functools.partial(steps.train_step, models=(model,), recipe=recipe)
     # A machine with cuDNN puts its kernels into the program, which JAX exports only when told to.
     trusted = [export.DisabledSafetyCheck.custom_call(name) for name in EXPORTED]

@@ -8,7 +8,15 @@ from evit_jax.errors import InputError
 from evit_jax.models import build_model
 from evit_jax.plan.counts import PLAN_FIELDS, token_plan
 from evit_jax.plan.flops import macs
-from evit_jax.plan.stages import completes, open_table, sandwich, stage_at, stages, variants
+from evit_jax.plan.stages import (
+    coarse_first,
+    completes,
+    open_table,
+    sandwich,
+    stage_at,
+    stages,
+    variants,
+)
 
 SIZES = dict(image_size=(16, 16), patch_size=4, width=8, depth=3, num_heads=2, num_classes=3)
 
@@ -129,3 +137,16 @@ def test_what_is_compared_is_every_rate_trained_and_dense():
         "0.5": True, "0.75": True, "dense": False,
     }  # fmt: skip
     assert models["0.5"].tokens_per_block == (17, 10, 10)
+
+
+def test_coarse_patches_take_the_place_of_the_beginning():
+    table = stages(planner, 0.5, start=10, length=100, rungs=4)
+    found = coarse_first(table, (4, 2), 20)
+    assert [(stage.step, stage.coarse) for stage in found[:2]] == [(0, 4), (20, 2)]
+    assert all(stage.coarse == 1 for stage in found[2:])
+    assert found[2].step == 40
+    for step in range(40, 200):
+        assert stage_at(found, step).keep == stage_at(table, step).keep
+    assert coarse_first(table, (), 20) == coarse_first(table, (2,), 0) == table
+    with pytest.raises(InputError, match="a sandwich begins with all of its rates"):
+        coarse_first(sandwich(lambda rate: planner(rate), (1.0, 0.5)), (2,), 10)

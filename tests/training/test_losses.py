@@ -3,7 +3,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evit_jax.training.losses import Distillation, cross_entropy, divergence, smooth_labels
+from evit_jax.training.losses import (
+    Distillation,
+    binary_cross_entropy,
+    cross_entropy,
+    divergence,
+    smooth_labels,
+)
 
 
 def test_smoothing_spreads_over_all_classes():
@@ -19,6 +25,17 @@ def test_cross_entropy_is_the_formula_and_stays_finite_for_large_logits():
     expected = -(np.array([0.2, 0.7, 0.1]) * np.log(softmax)).sum()
     np.testing.assert_allclose(cross_entropy(logits, targets), [expected], rtol=1e-6)
     huge = cross_entropy(jnp.asarray([[1e4, 0.0]], jnp.bfloat16), jnp.asarray([[0.0, 1.0]]))
+    assert huge.dtype == jnp.float32
+    np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16
+
+
+def test_binary_cross_entropy_takes_every_class_of_a_mixed_image_as_there():
+    logits, targets = np.array([[1.0, -2.0, 0.5]]), np.array([[0.3, 0.0, 0.7]])
+    there = 1 / (1 + np.exp(-logits[0]))
+    expected = -(np.log(there[0]) + np.log(1 - there[1]) + np.log(there[2])) / 3
+    loss = binary_cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+    huge = binary_cross_entropy(jnp.asarray([[1e4, -1e4]], jnp.bfloat16), jnp.asarray([[0.0, 1.0]]))
     assert huge.dtype == jnp.float32
     np.testing.assert_allclose(huge, 9984, rtol=1e-6)  # 1e4 in bfloat16
 

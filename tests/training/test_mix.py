@@ -9,7 +9,16 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.training.losses import smooth_labels
-from evit_jax.training.mix import ASPECT, Mix, blend, box_of, erase, first_fitting, inside
+from evit_jax.training.mix import (
+    ASPECT,
+    Mix,
+    blend,
+    box_of,
+    erase,
+    first_fitting,
+    inside,
+    token_box,
+)
 
 TIMM = np.load(pathlib.Path(__file__).parents[1] / "fixtures/augment/timm.npz")
 MIXING = ("mix_cut", "mix_lam", "mix_centre", "mix_box", "mix_share")
@@ -158,6 +167,34 @@ def test_cutmix_replaces_mixup_as_often_as_asked():
     assert 0.6 < shares[cut].mean() < 0.75
 
 
+def test_a_box_of_tokens_is_mixtokens_for_its_draws():
+    """Half of each side, rounded down, either way of the center, inside the grid."""
+    for share, center, grid, expected in (
+        (0.5, (7, 7), (14, 14), (3, 3, 11, 11)),  # sides of 9, which lose one
+        (0.5, (0, 13), (14, 14), (0, 9, 4, 14)),
+        (0.99, (7, 7), (14, 14), (7, 7, 7, 7)),  # sides of 1 are none
+        (0.0, (4, 8), (8, 12), (0, 2, 8, 12)),
+    ):
+        box = token_box(jnp.float32(share), jnp.array(center), grid)
+        np.testing.assert_array_equal(box, expected)
+
+
+def test_tokens_are_drawn_as_by_mixtokens_code():
+    grid, count = (14, 10), 4000
+    keys = jax.random.split(KEY, count)
+    swap = np.asarray(jax.vmap(lambda key: Mix(token=1.0).random_tokens(key, grid))(keys))
+    assert swap.shape == (count, 140)
+    rng = np.random.default_rng(0)
+    sides = np.floor(np.array(grid) * np.sqrt(1 - rng.random((20000, 1))))
+    centers = rng.integers(grid, size=(20000, 2))
+    ends = np.clip([centers - sides // 2, centers + sides // 2], 0, grid)
+    expected = (ends[1] - ends[0]).prod(axis=1) / 140
+    for quantile in (0.1, 0.5, 0.9):
+        found = np.quantile(swap.mean(axis=1), quantile)
+        assert abs(found - np.quantile(expected, quantile)) < 0.025
+    assert len(np.unique(swap, axis=0)) > 500
+
+
 def test_splitting_a_batch_changes_nothing():
     images, targets, index = batch(8)
     for seed in range(3):
@@ -209,7 +246,7 @@ def test_a_part_that_is_off_draws_nothing_and_leaves_its_input():
 
 def test_an_odd_batch_is_erased_but_cannot_be_mixed():
     images, targets, index = batch(3)
-    for mix in (Mix(mixup=1.0), Mix(cutmix=1.0)):
+    for mix in (Mix(mixup=1.0), Mix(cutmix=1.0), Mix(token=1.0)):
         with pytest.raises(InputError, match=r"pairs of images, got a batch of 3; choose a"):
             jax.eval_shape(mix, images, targets, KEY, index)
     erased, same = jax.jit(Mix(erasing=1.0))(images, targets, KEY, index)
@@ -217,7 +254,16 @@ def test_an_odd_batch_is_erased_but_cannot_be_mixed():
     jax.tree.map(np.testing.assert_array_equal, same, targets)
 
 
-@pytest.mark.parametrize("setting", [dict(erasing=1.1), dict(switch=-0.1), dict(mixup=-1.0)])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(erasing=1.1),
+        dict(switch=-0.1),
+        dict(mixup=-1.0),
+        dict(token=-1.0),
+        dict(token=1.0, cutmix=1.0),
+    ],
+)
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(InputError, match="got Mix"):
         Mix(**setting)

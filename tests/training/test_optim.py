@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
 from evit_jax.training import optim
 
@@ -53,6 +54,50 @@ def test_a_step_is_adamws():
     # The first step of Adam has length lr whatever the gradient; decay adds lr * 0.1 * weight.
     np.testing.assert_allclose(updates["a"]["bias"], [-lr], rtol=1e-5)
     np.testing.assert_allclose(updates["a"]["kernel"], [-lr * 1.2], rtol=1e-5)
+
+
+def lamb_by_hand(weights, gradients, rate, *, decay, adapt, steps=2):
+    """LAMB's update of one array, step by step; the gradients are clipped already."""
+    first = second = np.zeros_like(weights)
+    for step in range(1, steps + 1):
+        first, second = 0.9 * first + 0.1 * gradients, 0.999 * second + 0.001 * gradients**2
+        update = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-6)
+        update = update + decay * weights
+        trust = np.linalg.norm(weights) / np.linalg.norm(update) if adapt else 1.0
+        weights = weights - rate * trust * update
+    return weights
+
+
+def test_lamb_steps_by_the_length_of_what_decays_and_as_adam_elsewhere():
+    settings = RATES | dict(warmup_steps=0, min_lr=RATES["lr"]) | ADAM | dict(clip_norm=1.0)
+    optimizer, _ = optim.create(**settings, name="lamb")
+    kernel, bias = np.array([[3.0, -4.0]]), np.array([0.5, 0.0])
+    grads = dict(a=dict(kernel=np.array([[6.0, 0.0]]), bias=np.array([8.0, 0.0])))  # norm 10
+    params = jax.tree.map(jnp.asarray, dict(a=dict(kernel=kernel, bias=bias)))
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    expected = dict(
+        kernel=lamb_by_hand(kernel, grads["a"]["kernel"] / 10, 1e-3, decay=0.1, adapt=True),
+        bias=lamb_by_hand(bias, grads["a"]["bias"] / 10, 1e-3, decay=0.0, adapt=False),
+    )
+    for name, array in expected.items():
+        np.testing.assert_allclose(params["a"][name], array, rtol=1e-6)
+
+
+def test_lamb_without_weight_decay_is_adam():
+    settings = RATES | dict(warmup_steps=0) | ADAM | dict(weight_decay=0.0)
+    params = dict(a=dict(kernel=jnp.asarray([2.0, 3.0]), bias=jnp.asarray([2.0])))
+    grads = dict(a=dict(kernel=jnp.asarray([0.5, -0.1]), bias=jnp.asarray([0.5])))
+    one, other = (optim.create(**settings, name=name)[0] for name in ("adamw", "lamb"))
+    updates = [o.update(grads, o.init(params), params)[0] for o in (one, other)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *updates)  # 1e-6 eps
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(InputError, match="unknown optimizer 'lam'; did you mean 'lamb'"):
+        optim.create(**RATES, **ADAM, name="lam")
 
 
 def test_clipping_bounds_the_norm_of_all_gradients_together():

@@ -175,12 +175,17 @@ def test_missing_files_and_folders_are_named(tmp_path):
     refused(tmp_path, "is not a file")
 
 
+def test_a_tensor_saved_by_itself_is_called_tensor(tmp_path):
+    path = torch_zip(tmp_path / "x.pt", b"\x80\x02" + tensor() + b".")
+    same(read_tensors(path), {"tensor": VALUES})
+
+
 def test_files_without_tensors_list_what_they_hold(tmp_path):
     path = torch_zip(
         tmp_path / "x.pth", state(b"N", b"K\x01", b"}" + text("deep") + tensor() + b"s")
     )
     refused(path, "no state dict of tensors .* but 'w0', 'w1', 'w2': save the state_dict")
-    for program in (b"\x80\x02N.", b"\x80\x02].", b"\x80\x02" + tensor() + b".", b"\x80\x02}."):
+    for program in (b"\x80\x02N.", b"\x80\x02].", b"\x80\x02}."):
         refused(torch_zip(path, program), "no state dict of tensors")
     (tmp_path / "x.safetensors").write_bytes(safetensors.numpy.save({}))
     refused(tmp_path / "x.safetensors", "there are no tensors in it")

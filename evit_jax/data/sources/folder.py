@@ -40,8 +40,11 @@ class Folder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        path = self.files[index]
-        return {"image": Path(path).read_bytes(), "label": self.labels[index], "name": path}
+        return self.describe(index) | {"image": Path(self.files[index]).read_bytes()}
+
+    def describe(self, index: int) -> dict:
+        """The element without its image."""
+        return {"label": self.labels[index], "name": self.files[index]}
 
 
 def class_names(folder: Path) -> tuple[str, ...]:

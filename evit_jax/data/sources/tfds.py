@@ -34,7 +34,13 @@ class Tfds:
     def __getitem__(self, index: int) -> dict:
         example = self.examples[index]
         name = f"{self.name} example {index}"
-        return {"image": example["image"], "label": int(example["label"]), "name": name}
+        file = example.get("file_name", f"{index}")
+        return {
+            "image": example["image"],
+            "label": int(example["label"]),
+            "name": name,
+            "file": file.decode() if isinstance(file, bytes) else str(file),
+        }
 
 
 def prepared_folder(folder: Path) -> Path:

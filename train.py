@@ -110,8 +110,12 @@ def main() -> None:
     label_map = labels.pop("dir") and (data.maps.shape if data else PUBLISHED)
     settings = dict(config.optimizer)
     warmup_steps = calendar.steps(settings.pop("warmup_epochs"))
+    backbone_start = calendar.steps(settings.pop("backbone_start_epoch"))
     optimizer, learning_rate = optim.create(
-        **settings, warmup_steps=warmup_steps, total_steps=calendar.total
+        **settings,
+        warmup_steps=warmup_steps,
+        backbone_start=backbone_start,
+        total_steps=calendar.total,
     )
     recipe = steps.Recipe(
         preprocessing=card,

@@ -71,6 +71,9 @@ def get_config() -> ConfigDict:
     config.optimizer.min_lr = 1e-5  # at the end of the cosine
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 0.0  # of all gradients together; 0 does not clip
+    # Of all but the reducers' own parameters, as a share of the learning rate; 0 freezes them.
+    config.optimizer.backbone_lr = 1.0
+    config.optimizer.backbone_start_epoch = 0.0  # they are frozen until then
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
 
@@ -113,6 +116,7 @@ def get_config() -> ConfigDict:
     config.distill.hard = True  # learn its decisions; False: its softened probabilities
     config.distill.alpha = 0.5  # share of its part in the loss
     config.distill.temperature = 1.0  # of soft distillation
+    config.distill.tokens = 0.0  # weight of the final tokens' squared difference; needs a model
 
     config.run = ConfigDict()  # may change when a run is resumed: only rounding depends on it
     config.run.parallel = "jit"  # or "pmap"

@@ -33,7 +33,8 @@ they are part of the compile key. It never looks at the model. How each family o
     key by its weight. `size` alone changes nothing, so EViT's fused token gets no bonus.
   * Two counts per block (prune to, merge to): the plan's entry, and so `keep`, is a static tuple;
     the last one is what the block is left with.
-  * Soft assignment (PatchMerger, Sinkhorn): `owner` is the argmax.
+  * Soft assignment (PatchMerger, SiT): `owner` is the argmax, and every token stands for an equal
+    part of the patches.
   * Training masks (DynamicViT, DiffRate's search): in training (`signals.train`) return all tokens
     and set `weight` to the straight-through mask. Attention counts a token's own weight as at
     least 1, so a masked token still sees itself and no row is empty; a log bias would not do, since
@@ -43,7 +44,9 @@ they are part of the compile key. It never looks at the model. How each family o
   * Parameters (predictors, learned queries): a class that derives from both `nn.Module` and
     `Reducer`. Every reducing block clones it, so that each has parameters of its own, under
     `blocks_I/reduction`. What a loss or a user needs, `tokens.report(name=value)` puts into the
-    model's `out["aux"]`; training adds what is reported as `loss` to the loss.
+    model's `out["aux"]`; training adds what is reported as `loss` to the loss, and the cross
+    entropy of what is reported as `logits`. What is for training alone is made where
+    `signals.train`, or where parameters are drawn (`self.is_initializing()`).
   * Another place than between attention and MLP: `site`, see `Reducer`.
 """
 
@@ -94,7 +97,8 @@ class Tokens:
         """The same tokens, with values for `out["aux"]`.
 
         Args:
-          **values: (B, ...) arrays, one entry per image. `loss` (B,) is added to the training loss.
+          **values: (B, ...) arrays, one entry per image. `loss` (B,) is added to the training loss,
+            and so is the cross entropy of `logits` (B, num_classes) with the images' targets.
         """
         reported = {name: (*self.aux.get(name, ()), value) for name, value in values.items()}
         return self.replace(aux=self.aux | reported)
@@ -127,6 +131,9 @@ class Signals:
     grid         static: rows and columns of the original patches.
     prefix, layer, depth, train   static: tokens never reduced, this block's number, the number of
                  blocks, and whether the model is training.
+    plan         static: what each block keeps; () where there is no plan.
+    num_classes  static: of the model's classifier; 0: it has none.
+    mlp_macs     static: multiply-accumulates of a block's MLP for one token.
     """
 
     q: jax.Array | None = None
@@ -149,6 +156,9 @@ class Signals:
     layer: int = struct.field(pytree_node=False, default=0)
     depth: int = struct.field(pytree_node=False, default=1)
     train: bool = struct.field(pytree_node=False, default=False)
+    plan: Keep = struct.field(pytree_node=False, default=())
+    num_classes: int = struct.field(pytree_node=False, default=0)
+    mlp_macs: int = struct.field(pytree_node=False, default=0)
 
     def class_attention(self) -> jax.Array:
         """(B, N) float32: what the class token attends to, mean over heads; each row sums to 1.
@@ -275,6 +285,9 @@ class Reducer:
     site = "between"
     # Whether a budget is met by a ramp (plan/ramp.py), not by one keep rate for all layers.
     ramped = False
+    # Whether what it learns is for the plan that it is trained with alone, so that rates which
+    # change during training (a warm-up, a sandwich) are refused.
+    one_plan = False
     # Whether the weights that it sets are never below 1, as sizes are. Attention then needs no term
     # for a token's own key, so that a fused kernel can do it.
     weights_at_least_one = False

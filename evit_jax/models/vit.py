@@ -102,6 +102,9 @@ class ViT(Backbone):
             prefix=self.prefix,
             depth=self.depth,
             train=train,
+            plan=self.kept,
+            num_classes=self.num_classes,
+            mlp_macs=(2 + self.gated) * self.width * self.hidden,
         )
         seen, owners, blocks, last = [], [], [], None
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block  # 4 is `first`

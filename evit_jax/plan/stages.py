@@ -140,7 +140,8 @@ def open_table(
       rates: of a sandwich, see `sandwich`; () for none.
 
     Raises:
-      InputError: a sandwich beside settings whose place it takes.
+      InputError: a sandwich beside settings whose place it takes, or rates that change for a method
+        that learns for one plan.
     """
     if plan["macs"] is not None:
         budget = {name: plan[name] for name in ("macs", "layers", "multiple_of")}
@@ -156,6 +157,12 @@ def open_table(
         length=length,
         rungs=rungs,
     )
+    if model.reducer.one_plan and (rates or len(warmup) > 1):
+        raise InputError(
+            f"what {type(model.reducer).__name__} learns is for one plan, so rates cannot change "
+            "while it trains; leave out sandwich and keep_warmup (config.sandwich=(), "
+            "config.keep_warmup.epochs=0, start_epoch=0)"
+        )
     if not rates:
         return warmup
     if len(warmup) > 1 or any(plan[name] for name in ("keep_rates", "tokens", "macs")):

@@ -128,7 +128,8 @@ def main() -> None:
     multiples = numbers(flags.multiple_of or "", int) or (spec.multiple_of,)
     requests = list(itertools.product(rates, multiples))
     variants = [spec.build(keep_rate=rate, multiple_of=multiple) for rate, multiple in requests]
-    model = variants[0]
+    # A reducer that learns has parameters in blocks that reduce alone.
+    model = max(variants, key=lambda variant: sum(entry is not None for entry in variant.kept))
 
     labeled = open_labeled(flags) if flags.knn else None
     source = open_data(flags, spec, labeled and labeled.classes)

@@ -2,6 +2,7 @@
 """Losses, in float32, one value per image."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ class Distillation:
     hard: bool = True
     alpha: float = 0.5
     temperature: float = 1.0  # of soft distillation
+    tokens: float = 0.0  # weight of `token_loss`, which is added
 
     def targets(self, logits: jax.Array) -> jax.Array:
         """The teacher's logits (B, C) -> the probabilities to learn, without a gradient."""
@@ -63,3 +65,35 @@ class Distillation:
         else:
             learned = self.temperature**2 * divergence(logits / self.temperature, targets)
         return (1 - self.alpha) * base + self.alpha * learned
+
+    def token_loss(self, out: dict, targets: jax.Array) -> jax.Array:
+        """`tokens` times the mean squared difference of final tokens from the teacher's, (B,).
+
+        As in DynamicViT, of the patches that still have a token of their own in the end: neither
+        dropped, nor hidden in training, nor merged. An image without any has none to learn of.
+
+        Args:
+          out: of the student, see `models.vit.ViT`.
+          targets: (B, P, D), the teacher's `out["dense"]`.
+        """
+        difference = jnp.mean(jnp.square(out["dense"].astype(jnp.float32) - targets), axis=-1)
+        if not out["owner"]:
+            return self.tokens * jnp.mean(difference, axis=1)
+        owner = out["owner"][-1]
+        together = jnp.sum(owner[:, None] == owner[:, :, None], axis=2)  # (B, P)
+        alone = ((owner >= 0) & (together == 1)).astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(alone, axis=1), 1)
+        return self.tokens * jnp.sum(alone * difference, axis=1) / count
+
+
+def reported(aux: dict, targets: jax.Array, learn: Callable = cross_entropy) -> jax.Array | float:
+    """What the reducers add to the loss, (B,), or 0 where they reported nothing.
+
+    Args:
+      aux: of the model, see `tokens.Tokens.report`: `loss` (B,), and `logits` (B, num_classes),
+        which are to learn the same as the model's.
+      targets: (B, num_classes) probabilities.
+      learn: the loss of such logits, one of LOSSES.
+    """
+    heads = [learn(logits, targets) for logits in aux.get("logits", ())]
+    return sum([*aux.get("loss", ()), *heads])

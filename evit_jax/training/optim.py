@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from evit_jax.errors import check_name
+from evit_jax.errors import InputError, check_name
 
 
 def learning_rate(
@@ -53,6 +53,33 @@ def lamb(
 OPTIMIZERS = dict(adamw=functools.partial(optax.adamw, mask=decayed), lamb=lamb)
 
 
+def backbone(params: dict) -> dict:
+    """True for all parameters but those of reducers.
+
+    Raises:
+      InputError: there are no others, so that what is for the backbone is for the whole model.
+    """
+    marked = jax.tree_util.tree_map_with_path(
+        lambda path, _: all(key.key != "reduction" for key in path), params
+    )
+    if all(jax.tree.leaves(marked)):
+        raise InputError(
+            "optimizer.backbone_lr and backbone_start_epoch set the backbone apart from parameters "
+            "of a reducer, and this model has no such parameters; leave them at 1 and 0, or choose "
+            "a method that learns, such as --config.model.reducer=dynamicvit"
+        )
+    return marked
+
+
+def slower_backbone(share: float, start: int) -> optax.GradientTransformation:
+    """Scales the updates of the backbone to a share of themselves, and to 0 before a step."""
+
+    def factor(step):
+        return jnp.where(step < start, 0.0, share)
+
+    return optax.masked(optax.scale_by_schedule(factor), backbone)
+
+
 def create(
     *,
     name: str = "adamw",  # of OPTIMIZERS
@@ -65,8 +92,15 @@ def create(
     clip_norm: float,
     b1: float,
     b2: float,
+    backbone_lr: float = 1.0,
+    backbone_start: int = 0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with its schedule; gradients are clipped to a global norm first, 0 does not clip."""
+    """AdamW with its schedule; gradients are clipped to a global norm first, 0 does not clip.
+
+    Args:
+      backbone_lr, backbone_start: of all parameters but the reducers' own, the share of the
+        learning rate (and so of weight decay), and the first step, from 0, that moves them.
+    """
     schedule = learning_rate(
         lr=lr,
         min_lr=min_lr,
@@ -76,5 +110,7 @@ def create(
     )
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     check_name("optimizer", name, OPTIMIZERS)
-    adam = OPTIMIZERS[name](schedule, b1=b1, b2=b2, weight_decay=weight_decay)
-    return optax.chain(clip, adam), schedule
+    steps = OPTIMIZERS[name](schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+    if backbone_lr == 1 and not backbone_start:
+        return optax.chain(clip, steps), schedule
+    return optax.chain(clip, steps, slower_backbone(backbone_lr, backbone_start)), schedule

@@ -155,7 +155,7 @@ def own(swap: jax.Array) -> jax.Array:
 def image_losses(logits: jax.Array, out: dict, targets: dict, recipe: Recipe) -> jax.Array:
     """(B,) losses. A distilled model's class head learns the labels, its other one the teacher.
 
-    What the model's reducers reported as `loss` is added.
+    What the model's reducers reported is added, see `losses.reported`.
     """
     learn = losses.LOSSES[recipe.loss]
     if "teacher" in targets:
@@ -164,7 +164,9 @@ def image_losses(logits: jax.Array, out: dict, targets: dict, recipe: Recipe) ->
         loss = recipe.distillation.loss(base, student, targets["teacher"])
     else:
         loss = learn(logits, targets["label"])
-    return sum(out["aux"].get("loss", ()), start=loss)
+    if "tokens" in targets:
+        loss = loss + recipe.distillation.token_loss(out, targets["tokens"])
+    return loss + losses.reported(out["aux"], targets["label"], learn)
 
 
 def gradients(
@@ -194,10 +196,14 @@ def gradients(
             seen = recipe.preprocessing.renormalize(images, recipe.teacher_preprocessing)
         # Without weights of its own the teacher is the student's dense twin.
         variables = {"params": gather(frozen.get("teacher", params))}
-        logits, _ = recipe.teacher.apply(variables, seen)
+        logits, out = recipe.teacher.apply(variables, seen)
         targets["teacher"] = recipe.distillation.targets(logits)
+        if recipe.distillation.tokens:
+            targets["tokens"] = jax.lax.stop_gradient(out["dense"])
         if given:  # the teacher saw whole images
             targets["teacher"] = blend(targets["teacher"], own(given["swap"]))
+            if "tokens" in targets:
+                targets["tokens"] = blend(targets["tokens"], ~given["swap"][..., None])
 
     first, total = None, None
     for model in models:

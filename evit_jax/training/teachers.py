@@ -35,7 +35,14 @@ class Teacher:
 
 
 def open_teacher(
-    model, *, teacher: str, weights: str, hard: bool, alpha: float, temperature: float
+    model,
+    *,
+    teacher: str,
+    weights: str,
+    hard: bool,
+    alpha: float,
+    temperature: float,
+    tokens: float = 0.0,
 ) -> Teacher:
     """Finds the teacher for a student.
 
@@ -44,16 +51,22 @@ def open_teacher(
       teacher: "" for none, "self" for the student's own dense forward pass, a model's name, or a
         .npy file with logits (training images, classes) in the order of the data.
       weights: file of the named model, see `create_model`.
-      hard, alpha, temperature: see `losses.Distillation`.
+      hard, alpha, temperature, tokens: see `losses.Distillation`.
 
     Raises:
-      InputError: an unknown teacher, one without weights, or with other classes.
+      InputError: an unknown teacher, one without weights, with other classes, or whose tokens
+        cannot be compared with the student's.
     """
     named_model = teacher not in ("", "self") and not teacher.endswith(".npy")
     if weights and not named_model:
         raise InputError(
             "distill.weights are for a teacher that is named: "
             f"--config.distill.teacher=NAME, got {teacher!r}"
+        )
+    if tokens and (not teacher or teacher.endswith(".npy")):
+        raise InputError(
+            "distill.tokens compares tokens with a teacher's, so it needs a teacher that is a "
+            f"model: --config.distill.teacher=self or a name, got {teacher!r}"
         )
     if not teacher:
         return Teacher()
@@ -62,7 +75,7 @@ def open_teacher(
             "distill.alpha must be in [0, 1] and distill.temperature above 0, "
             f"got {alpha} and {temperature}"
         )
-    distillation = Distillation(hard=hard, alpha=alpha, temperature=temperature)
+    distillation = Distillation(hard=hard, alpha=alpha, temperature=temperature, tokens=tokens)
     if teacher == "self":
         return Teacher(distillation, model.clone(keep=()))
     if teacher.endswith(".npy"):
@@ -87,5 +100,11 @@ def open_teacher(
         num_classes=model.num_classes,
         dtype=model.dtype,
     )
+    ours, theirs = ((one.width, one.grid) for one in (model, named))
+    if tokens and ours != theirs:
+        raise InputError(
+            f"distill.tokens needs a teacher with the student's width and grid, {ours}, and "
+            f"{teacher} has {theirs}; set it to 0, or choose a teacher like the student"
+        )
     params = jax.device_get(load_params(weights, named, key=jax.random.key(0)))
     return Teacher(distillation, named, card, {"teacher": params})

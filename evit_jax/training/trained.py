@@ -20,7 +20,7 @@ from evit_jax.plan.files import read_plan
 from evit_jax.reducers import written
 from evit_jax.spec import numbers, parse_fields, parse_size
 from evit_jax.storage import as_path, explained
-from evit_jax.weights.names import params_from_tensors, tensors_from_params
+from evit_jax.weights.names import leaves, params_from_tensors, tensors_from_params, timm_name
 
 # Settings of `build_model` that are no sizes: tools have flags for them.
 FLAGGED = {"name", "keep", "reducer", "dtype", "plan", *PLAN_FIELDS}
@@ -166,7 +166,8 @@ class ModelSpec:
         """The weights of the run or the file, for any model that `build` makes.
 
         Position embeddings are resized to the model's image size. Parameters of the reducer that
-        the run was trained with are left out where the model has another.
+        the run was trained with are left out where the model has another, and in blocks that do
+        not reduce.
 
         Raises:
           InputError: the run has no checkpoint yet, or the file does not fit.
@@ -176,12 +177,18 @@ class ModelSpec:
             return load_params(self.weights, model, key=key)
         params, trained = load_checkpoint(self.workdir), build_model(**self.config["model"])
         tensors = tensors_from_params(params, trained)
-        if trained.reducer != model.reducer:
-            tensors = {name: array for name, array in tensors.items() if "reduction" not in name}
         if isinstance(model.reducer, nn.Module):  # the run may have no parameters for it
             fresh = init_params(model, key)
         else:  # only shapes are looked at
             fresh = jax.eval_shape(lambda key: init_params(model, key), key)
+        known = set()
+        if type(trained.reducer) is type(model.reducer):
+            known = {timm_name(path) for path in leaves(fresh)}
+        tensors = {
+            name: array
+            for name, array in tensors.items()
+            if "reduction" not in name or name in known
+        }
         return params_from_tensors(tensors, model, fresh)
 
     def run_params(self, model) -> dict | None:

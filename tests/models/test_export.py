@@ -22,7 +22,8 @@ def test_the_whole_training_step_of_the_small_model_lowers_for(platform, recipe_
     config = recipe_of.get_config()
     model = build_model(**dict(config.model) | dict(depth=depth))
     settings = dict(config.optimizer)
-    settings.pop("warmup_epochs")
+    for field in ("warmup_epochs", "backbone_start_epoch"):
+        settings.pop(field)
     optimizer, _ = optim.create(**settings, warmup_steps=5, total_steps=300)
     recipe = steps.Recipe(
         preprocessing=preprocessing(config.model.name),

@@ -8,6 +8,7 @@ from evit_jax.training.losses import (
     binary_cross_entropy,
     cross_entropy,
     divergence,
+    reported,
     smooth_labels,
 )
 
@@ -71,3 +72,25 @@ def test_no_gradient_reaches_the_teacher():
     for kind in (Distillation(hard=True), Distillation(hard=False)):
         grads = jax.grad(lambda z, kind=kind: kind.targets(z).max())(jnp.asarray([[1.0, 2.0]]))
         np.testing.assert_array_equal(grads, 0)
+
+
+def test_the_token_loss_is_of_patches_with_a_token_of_their_own():
+    rng = np.random.default_rng(0)
+    dense, targets = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
+    owner = jnp.asarray([[0, -1, 2, 2, 1], [-1] * 5, [0, 1, 2, 3, 4]])
+    alone = [[0, 4], [], [0, 1, 2, 3, 4]]
+    loss = Distillation(tokens=0.5).token_loss(dict(dense=dense, owner=(owner,)), targets)
+    square = (dense - targets).astype(np.float64) ** 2
+    expected = [0.5 * square[i, which].mean() if which else 0 for i, which in enumerate(alone)]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    whole = Distillation(tokens=1.0).token_loss(dict(dense=dense, owner=()), targets)
+    np.testing.assert_allclose(whole, square.mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_reported_losses_and_logits_are_added():
+    targets = jax.nn.one_hot(jnp.asarray([2, 0]), 3)
+    logits = jnp.asarray([[1.0, 2.0, 0.5], [0.0, 1.0, 0.0]])
+    loss = jnp.asarray([0.25, 1.0])
+    assert reported(dict(counts=(loss,)), targets) == 0
+    total = reported(dict(loss=(loss, loss), logits=(logits,)), targets)
+    np.testing.assert_allclose(total, 2 * loss + cross_entropy(logits, targets), rtol=1e-6)

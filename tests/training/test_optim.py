@@ -108,3 +108,47 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
     first_moment = jax.tree.leaves(state)[1:4]
     total = sum(float((moment**2).sum()) for moment in jax.tree.leaves(state[1][0].mu))
     assert total**0.5 == pytest.approx(0.1, rel=1e-5), first_moment  # (1 - b1) * 1
+
+
+PARAMS = dict(
+    blocks_0=dict(
+        mlp=dict(kernel=jnp.asarray([2.0])), reduction=dict(out=dict(kernel=jnp.asarray([2.0])))
+    ),
+    head=dict(bias=jnp.asarray([2.0])),
+)
+
+
+def steps_taken(count, **settings):
+    """The parameters after each step of gradients of 0.5."""
+    optimizer, _ = optim.create(**RATES | dict(warmup_steps=0), **ADAM, **settings)
+    params, state, after = PARAMS, optimizer.init(PARAMS), []
+    grads = jax.tree.map(lambda a: 0.25 * a, PARAMS)
+    for _ in range(count):
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        after.append(params)
+    return after
+
+
+def test_the_backbone_moves_by_a_share_and_waits_for_its_start():
+    plain, slow = steps_taken(1)[-1], steps_taken(3, backbone_lr=0.01, backbone_start=2)
+    for before in slow[:2]:
+        assert before["head"]["bias"] == before["blocks_0"]["mlp"]["kernel"] == 2
+    reduction = jax.tree.leaves(slow[0]["blocks_0"]["reduction"])
+    np.testing.assert_array_equal(reduction, jax.tree.leaves(plain["blocks_0"]["reduction"]))
+    fast = steps_taken(3)
+    for of in (lambda p: p["head"]["bias"], lambda p: p["blocks_0"]["mlp"]["kernel"]):
+        moved, whole = of(slow[2]) - of(slow[1]), of(fast[2]) - of(fast[1])
+        np.testing.assert_allclose(moved, 0.01 * whole, rtol=1e-3)
+
+
+def test_a_backbone_at_zero_stays_to_the_last_bit_weight_decay_included():
+    *_, last = steps_taken(5, backbone_lr=0.0)
+    assert last["head"]["bias"] == last["blocks_0"]["mlp"]["kernel"] == 2
+    assert last["blocks_0"]["reduction"]["out"]["kernel"] != 2
+
+
+def test_a_backbone_apart_needs_a_reducer_that_learns():
+    optimizer, _ = optim.create(**RATES, **ADAM, backbone_lr=0.1)
+    with pytest.raises(InputError, match="and this model has no such parameters"):
+        optimizer.init(dict(head=PARAMS["head"]))

@@ -12,7 +12,14 @@ import pytest
 from evit_jax.models import build_model, init_params
 from evit_jax.models.block import Block
 from evit_jax.tokens import Reducer, Signals, Tokens, drop
-from tests.contracts.test_reducers import call, every_free_one, every_prefix, example
+from tests.contracts.test_reducers import (
+    FIXED_COUNT,
+    SOFT,
+    but_for,
+    call,
+    every_prefix,
+    example,
+)
 
 TINY = dict(image_size=(16, 12), patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
 PATCHES, BATCH = 12, 2
@@ -208,7 +215,7 @@ def test_merging_compares_keys_before_positions_are_in_them(family):
 
 
 @every_prefix
-@every_free_one
+@but_for(FIXED_COUNT | SOFT)
 def test_positions_between_patches_stay_exactly_where_they_are(reducer, prefix):
     tokens, signals = example(prefix)
     positions = jax.random.uniform(jax.random.key(5), (*tokens.size.shape, 2), maxval=7)

@@ -110,16 +110,15 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
     assert total**0.5 == pytest.approx(0.1, rel=1e-5), first_moment  # (1 - b1) * 1
 
 
+START = jnp.asarray([0.01])
 PARAMS = dict(
-    blocks_0=dict(
-        mlp=dict(kernel=jnp.asarray([2.0])), reduction=dict(out=dict(kernel=jnp.asarray([2.0])))
-    ),
-    head=dict(bias=jnp.asarray([2.0])),
+    blocks_0=dict(mlp=dict(kernel=START), reduction=dict(out=dict(kernel=START))),
+    head=dict(bias=START),
 )
 
 
 def steps_taken(count, **settings):
-    """The parameters after each step of gradients of 0.5."""
+    """The parameters after each step, of equal gradients."""
     optimizer, _ = optim.create(**RATES | dict(warmup_steps=0), **ADAM, **settings)
     params, state, after = PARAMS, optimizer.init(PARAMS), []
     grads = jax.tree.map(lambda a: 0.25 * a, PARAMS)
@@ -133,7 +132,7 @@ def steps_taken(count, **settings):
 def test_the_backbone_moves_by_a_share_and_waits_for_its_start():
     plain, slow = steps_taken(1)[-1], steps_taken(3, backbone_lr=0.01, backbone_start=2)
     for before in slow[:2]:
-        assert before["head"]["bias"] == before["blocks_0"]["mlp"]["kernel"] == 2
+        assert before["head"]["bias"] == before["blocks_0"]["mlp"]["kernel"] == START
     reduction = jax.tree.leaves(slow[0]["blocks_0"]["reduction"])
     np.testing.assert_array_equal(reduction, jax.tree.leaves(plain["blocks_0"]["reduction"]))
     fast = steps_taken(3)
@@ -144,8 +143,8 @@ def test_the_backbone_moves_by_a_share_and_waits_for_its_start():
 
 def test_a_backbone_at_zero_stays_to_the_last_bit_weight_decay_included():
     *_, last = steps_taken(5, backbone_lr=0.0)
-    assert last["head"]["bias"] == last["blocks_0"]["mlp"]["kernel"] == 2
-    assert last["blocks_0"]["reduction"]["out"]["kernel"] != 2
+    assert last["head"]["bias"] == last["blocks_0"]["mlp"]["kernel"] == START
+    assert last["blocks_0"]["reduction"]["out"]["kernel"] != START
 
 
 def test_a_backbone_apart_needs_a_reducer_that_learns():

@@ -76,6 +76,7 @@ def same_results(a, b):
         pytest.param("evit_deit_finetune", marks=pytest.mark.slow),
         pytest.param("evit_lvvit", marks=pytest.mark.slow),
         pytest.param("deit3", marks=pytest.mark.slow),
+        pytest.param("learned", marks=pytest.mark.slow),
     ],
 )
 def test_every_debug_config_trains_and_ends_with_the_table(name, tmp_path):

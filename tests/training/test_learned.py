@@ -13,11 +13,14 @@ from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
 from evit_jax.plan import stages
 from evit_jax.plan.counts import PLAN_FIELDS
+from evit_jax.plan.flops import macs
 from evit_jax.runtime.parallel import DataParallel, PmapParallel
 from evit_jax.training import losses, optim, steps
 from evit_jax.training.checkpoint import Checkpoints
 from evit_jax.training.mix import Mix
 from evit_jax.training.teachers import open_teacher
+from tests.scripts import learned_methods
+from tests.scripts.learned_methods import STEPS
 from tests.training.test_steps import CARD, make_batch, make_recipe
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
@@ -162,3 +165,22 @@ def test_a_teacher_of_tokens_is_a_model_like_the_student():
     student = build("dynamicvit", image_size=32, patch_size=16)
     with pytest.raises(InputError, match="needs a teacher with the student's width and grid"):
         open_teacher(student, teacher="deit_tiny_patch16_224", **settings | dict(weights="none"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "baseline"),
+    [
+        ("cropr", "random"),
+        ("dynamicvit:ratio_weight=8.0", "random:seed=1"),
+        ("diffrate_search:weight=1e5", "random:seed=2"),
+    ],
+)
+def test_200_steps_on_digits_lower_the_methods_own_loss_and_serve_as_well_as_random(spec, baseline):
+    learned, model = learned_methods.follow(spec)
+    plain, other = learned_methods.follow(baseline, count=0 if "search" in spec else STEPS)
+    before, after = learned["loss"]
+    assert after < 0.8 * before
+    assert abs(macs(model) / macs(other) - 1) < 0.05
+    # Of 359 images; where both are near the dense model, one or two more or fewer say nothing.
+    assert learned["top1"][1] > plain["top1"][1] - 0.01

@@ -176,11 +176,10 @@ def test_a_teacher_of_tokens_is_a_model_like_the_student():
         ("diffrate_search:weight=1e5", "random:seed=2"),
     ],
 )
-def test_200_steps_on_digits_lower_the_methods_own_loss_and_serve_as_well_as_random(spec, baseline):
+def test_200_steps_on_digits_lower_the_methods_own_loss_and_end_above_random(spec, baseline):
     learned, model = learned_methods.follow(spec)
     plain, other = learned_methods.follow(baseline, count=0 if "search" in spec else STEPS)
     before, after = learned["loss"]
     assert after < 0.8 * before
     assert abs(macs(model) / macs(other) - 1) < 0.05
-    # Of 359 images; where both are near the dense model, one or two more or fewer say nothing.
-    assert learned["top1"][1] > plain["top1"][1] - 0.01
+    assert learned["top1"][1] > plain["top1"][1]

@@ -156,7 +156,9 @@ def test_a_tokens_gradient_is_that_of_the_probability_that_the_count_is_above_it
         np.testing.assert_allclose(grads[name], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [{}, dict(class_token=False, pool="avg")])
+@pytest.mark.parametrize(
+    "kind", [{}, pytest.param(dict(class_token=False, pool="avg"), marks=pytest.mark.slow)]
+)
 def test_training_computes_what_diffrate_does_with_the_counts_that_were_learned(kind):
     spec = dict(name="diffrate_search") | (dict(by="value") if kind else {})
     model = build_model("vit", reducer=spec, keep_rate=0.7, **SIZES, **kind)

@@ -151,7 +151,9 @@ def test_what_a_block_has_left_nothing_of_stays_finite():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("kind", [{}, dict(class_token=False, pool="avg")])
+@pytest.mark.parametrize(
+    "kind", [{}, pytest.param(dict(class_token=False, pool="avg"), marks=pytest.mark.slow)]
+)
 def test_a_mask_in_training_is_a_real_reduction_in_evaluation(kind):
     model = build_model("vit", reducer="dynamicvit", keep_rate=0.5, layers=(1, 2), **SIZES, **kind)
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(3))

@@ -20,7 +20,6 @@ from evit_jax.training.checkpoint import Checkpoints
 from evit_jax.training.mix import Mix
 from evit_jax.training.teachers import open_teacher
 from tests.scripts import learned_methods
-from tests.scripts.learned_methods import STEPS
 from tests.training.test_steps import CARD, make_batch, make_recipe
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
@@ -169,19 +168,11 @@ def test_a_teacher_of_tokens_is_a_model_like_the_student():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("spec", "baseline"),
-    [
-        ("cropr", "random"),
-        ("dynamicvit:ratio_weight=8.0", "random:seed=1"),
-        ("diffrate_search:weight=1e5", "random:seed=2"),
-    ],
-)
-def test_200_steps_on_digits_lower_the_methods_own_loss_and_keep_up_with_random(spec, baseline):
-    learned, model = learned_methods.follow(spec)
-    plain, other = learned_methods.follow(baseline, count=0 if "search" in spec else STEPS)
+def test_200_steps_on_digits_lower_a_methods_own_loss_and_end_above_random():
+    # The other methods are in the script's table, see docs/methods.md.
+    learned, model = learned_methods.follow("cropr")
+    plain, other = learned_methods.follow("random")
     before, after = learned["loss"]
     assert after < 0.8 * before
     assert abs(macs(model) / macs(other) - 1) < 0.05
-    # One run on 359 images: the standard error of such a difference is above 2 points.
-    assert learned["top1"][1] > plain["top1"][1] - 0.03
+    assert learned["top1"][1] > plain["top1"][1]

@@ -41,6 +41,7 @@ from evit_jax.training.run import (
     Profile,
     StagePrograms,
     Watch,
+    check_sandwich,
     placed,
     use_plan_file,
 )
@@ -79,6 +80,7 @@ def main() -> None:
         config.run.parallel, shard_params=config.run.shard_params, chips=CHIPS.value
     )
     model = build_model(**config.model)
+    check_sandwich(config, model)
     card = preprocessing(config.model.name)
     teacher = open_teacher(model, **config.distill)
     accumulate = config.run.accumulate or steps.micro_batches(
@@ -103,7 +105,7 @@ def main() -> None:
         rungs=config.keep_warmup.rungs,
         rates=config.sandwich,
     )
-    check_factors(model, config.progressive.factors)
+    check_factors(model, **config.progressive, token_loss=config.distill.tokens)
     coarse_steps = calendar.steps(config.progressive.epochs)
     table = stages.coarse_first(table, config.progressive.factors, coarse_steps)
     labels = dict(config.labels)
@@ -148,7 +150,7 @@ def main() -> None:
         print(report.parameter_table(shapes[0]["params"]), end="\n\n")
         print(report.stage_table(model, table, steps_per_epoch=1000), end="\n\n")
         print("compiling the training step; nothing is run ...", end="\n\n", flush=True)
-        compiled = compile_stage(table[0])
+        compiled = compile_stage(next(stage for stage in table if stage.coarse == 1))
         memory = topologies.chip_of(CHIPS.value).memory_bytes if CHIPS.value else None
         print(dry_run.step_tables(*shapes[:2], compiled, devices, memory=memory))
         return
@@ -264,7 +266,7 @@ def main() -> None:
     log.say("\n" + report.result_table(rows) + "\n")
     rate = dict(keep_rate=min(config.sandwich, default=table[-1].keep_rate))
     log.write(calendar.at(calendar.total) | dict(final=True) | rate | report.summary(rows))
-    log.say(report.what_next(workdir))
+    log.say(report.what_next(workdir, model.reducer))
     log.close()
 
 

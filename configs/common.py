@@ -71,7 +71,8 @@ def get_config() -> ConfigDict:
     config.optimizer.min_lr = 1e-5  # at the end of the cosine
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 0.0  # of all gradients together; 0 does not clip
-    # Of all but the reducers' own parameters, as a share of the learning rate; 0 freezes them.
+    # Of all but the reducers' own parameters, as a share of the learning rate; 0 freezes them
+    # (not the running statistics of a batch norm).
     config.optimizer.backbone_lr = 1.0
     config.optimizer.backbone_start_epoch = 0.0  # they are frozen until then
     config.optimizer.b1 = 0.9
@@ -118,7 +119,9 @@ def get_config() -> ConfigDict:
     config.distill.temperature = 1.0  # of soft distillation
     config.distill.tokens = 0.0  # weight of the final tokens' squared difference; needs a model
 
-    config.run = ConfigDict()  # may change when a run is resumed: only rounding depends on it
+    # May change when a run is resumed: only rounding depends on it, and with a batch norm (LV-ViT)
+    # what its statistics are taken over, by `parallel` and `accumulate`.
+    config.run = ConfigDict()
     config.run.parallel = "jit"  # or "pmap"
     config.run.shard_params = False  # jit: spread the state over the devices too, to save memory
     config.run.accumulate = 0  # micro-batches of a step, to save memory; 0: chosen for the device

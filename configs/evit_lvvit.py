@@ -6,7 +6,8 @@
     python train.py --config=configs/evit_lvvit.py:size=medium,keep_rate=0.5 ...
     python train.py --config=configs/evit_lvvit.py:image_size=384 --config.weights=LVVIT \\
         --config.batch_size=512 --config.epochs=30 --config.optimizer.lr=5e-6 \\
-        --config.optimizer.min_lr=5e-6 --config.optimizer.weight_decay=1e-8 ...     fine-tuning
+        --config.optimizer.min_lr=5e-6 --config.optimizer.weight_decay=1e-8 \\
+        --config.keep_warmup.start_epoch=0 --config.keep_warmup.epochs=0 ...        fine-tuning
 
 Arguments: size (tiny, small, medium), keep_rate (1 trains the dense model), fuse, image_size,
 debug. Blocks 4, 8 and 12 of the small model's 16 reduce, or those at the quarters of another's

@@ -7,7 +7,8 @@
     python train.py --config=configs/learned.py:method=diffrate_search,keep_rate=0.6 ...
 
 Arguments: method (dynamicvit, cropr, diffrate_search, sit, patchmerger), size (tiny, small, base),
-keep_rate, image_size, debug. IMAGENET as in configs/evit_deit.py. The keep rate is for blocks 3, 6
+keep_rate, image_size, debug; teacher and budget follow these, and no later --config.model.*.
+IMAGENET as in configs/evit_deit.py. The keep rate is for blocks 3, 6
 and 9; cropr and diffrate_search, which reduce in every block, get the multiply-accumulates of that
 plan as their budget.
 

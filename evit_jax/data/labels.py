@@ -10,6 +10,7 @@ authors publish them. STEM is the name of the image up to its first dot.
 
 import dataclasses
 import io
+import itertools
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -69,28 +70,41 @@ class LabelMaps:
         Raises:
           InputError: there is none, or it is damaged, of another shape or of other classes.
         """
-        place = map_path(self.folder, self.classes[element["label"]], file_name(element))
-        found = [path for path in map(place.with_suffix, SUFFIXES) if path.exists()]
-        if not found:
+        path = self.path(element)
+        if not path.exists():
             raise InputError(
-                f"{element['name']} has no label map: neither {place.with_suffix('.npz')} nor .pt "
+                f"{element['name']} has no label map: neither {path.with_suffix('.npz')} nor .pt "
                 "is there; evit_jax.tools.label makes them, and labels.dir='' does without"
             )
-        labels = read_label_map(found[0])
+        labels = read_label_map(path)
         if self.shape and labels.ids.shape != self.shape:
-            raise InputError(f"{found[0]} is of shape {labels.ids.shape}, others of {self.shape}")
+            raise InputError(f"{path} is of shape {labels.ids.shape}, others of {self.shape}")
         if not 0 <= labels.ids.min() <= labels.ids.max() < self.num_classes:
             raise InputError(
-                f"{found[0]} names class {labels.ids.max()}, and the model has {self.num_classes}: "
+                f"{path} names class {labels.ids.max()}, and the model has {self.num_classes}: "
                 "it is of an annotator with other classes"
             )
         return labels
 
+    def path(self, element: dict) -> Path:
+        """The file of an element's map, .npz where there is one, else .pt, there or not."""
+        place = map_path(self.folder, self.classes[element["label"]], file_name(element))
+        npz, pt = map(place.with_suffix, SUFFIXES)
+        return npz if npz.exists() else pt
+
 
 def open_label_maps(folder: str, source, num_classes: int) -> LabelMaps:
-    """The maps in a folder for the images of a source; raises InputError if the first has none."""
+    """The maps in a folder for the images of a source, of the shape of the first that is there.
+
+    Raises:
+      InputError: none of the first hundred images has one. A few, damaged ones, may have none.
+    """
     maps = LabelMaps(str(Path(folder).expanduser()), tuple(source.classes), num_classes)
-    return dataclasses.replace(maps, shape=maps(source[0]).ids.shape)
+    elements = map(getattr(source, "describe", source.__getitem__), range(min(len(source), 100)))
+    first = next(elements)
+    every = itertools.chain([first], elements)
+    mapped = next((element for element in every if maps.path(element).exists()), first)
+    return dataclasses.replace(maps, shape=maps(mapped).ids.shape)
 
 
 def file_name(element: dict) -> str:

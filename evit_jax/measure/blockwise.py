@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from evit_jax.errors import InputError
 from evit_jax.models.block import Block
@@ -98,7 +99,11 @@ class Blockwise:
         return out["features"][:, : 1 + self.dense.distilled]
 
     def step(self, number: int, reducer: Reducer, keep: Entry, state: State) -> State:
-        """What leaves a block: its tokens, and the signals of its attention for a next block."""
+        """What leaves a block: its tokens, and the signals of its attention for a next block.
+
+        Raises:
+          InputError: the reducer has parameters, and those at hand are of another plan, or missing.
+        """
         block = self.blocks[number].clone(reducer=reducer, keep=keep)
         params = functools.reduce(lambda tree, name: tree[name], self.paths[number], self.params)
 
@@ -108,7 +113,13 @@ class Blockwise:
                 signals = signals.replace(**dict.fromkeys(ARRAYS))
             return tokens, signals.replace(layer=0)  # programs of equal blocks are equal
 
-        lowered = self.devices.compile_eval(block_step).lower(params, state)
+        try:
+            lowered = self.devices.compile_eval(block_step).lower(params, state)
+        except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
+            raise InputError(
+                f"{type(reducer).__name__} has learned for the plan that it was trained with, so "
+                "other counts cannot be searched; choose a method without parameters"
+            ) from error
         text = lowered.as_text()
         if text not in self.compiled:
             self.compiled[text] = lowered.compile()

@@ -3,7 +3,11 @@
 
 from collections.abc import Sequence
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from evit_jax import tables
 from evit_jax.errors import InputError
@@ -60,6 +64,8 @@ def reduce(
         reduced = calibrate(dense, params, images, macs=budget, layers=layers).model
     else:
         reduced = dense.clone(keep=dense.plan(macs=budget, layers=layers))
+    if isinstance(reduced.reducer, nn.Module):
+        check_params(reduced, params)
     if all(entry is None for entry in reduced.kept):
         raise InputError(
             f"nothing would be reduced: the dense model costs {full:g} multiply-accumulates per "
@@ -73,3 +79,15 @@ def reduce(
         f"{cost / 1e9:.4g} of {full / 1e9:.4g} GMACs ({cost / full:.0%})"
     )
     return reduced
+
+
+def check_params(reduced, params: dict) -> None:
+    """Raises InputError where the parameters lack those of a method that learns."""
+    images = jax.ShapeDtypeStruct((1, *reduced.image_size, 3), jnp.float32)
+    try:
+        jax.eval_shape(lambda params, x: reduced.apply({"params": params}, x), params, images)
+    except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
+        raise InputError(
+            f"{type(reduced.reducer).__name__} learns, and these parameters are of no training "
+            "with it for this plan; choose a method without parameters, or train it"
+        ) from error

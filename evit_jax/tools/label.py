@@ -17,6 +17,7 @@ be made because their images are damaged.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import sys
@@ -150,6 +151,12 @@ def label(flags: argparse.Namespace) -> dict:
     devices.check_batch_size("--batch_size", batch_size)
 
     paths = [path_of(flags, source, index) for index in range(len(source))]
+    if len(set(paths)) < len(paths):
+        path, times = collections.Counter(paths).most_common(1)[0]
+        raise InputError(
+            f"{times} images would have the map {path}: a map is called as its image up to the "
+            "first dot, so rename the images"
+        )
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     params = devices.init(dict, spec.load_params(model))
     annotate, damaged = compile_annotator(model, card, devices, flags.top), 0

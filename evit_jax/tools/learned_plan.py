@@ -4,9 +4,9 @@
 python -m evit_jax.tools.learned_plan --workdir=DIR --out=plan.json
 
 `create_model(plan=)` and --plan of the tools take it, with the same run's weights or the file that
-it started from, since the search leaves them as they are. The last line of standard output is a
-JSON object with the figures: `out`, `tokens`, and the multiply-accumulates `macs` of an image,
-`target` of the plan that the run was given, and `dense`.
+it started from, since the search leaves them as they are (but for LV-ViT's running statistics). The
+last line of standard output is a JSON object with the figures: `out`, `tokens`, and the
+multiply-accumulates `macs` of an image, `target` of the plan that the run was given, and `dense`.
 """
 
 import json

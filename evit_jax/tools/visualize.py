@@ -114,17 +114,19 @@ def compile_look(model, card):
     """(params, uint8 image (1, H, W, 3)) -> all that is drawn and said of one image."""
     dense = model.clone(keep=())
     first = next(block for block, keep in enumerate(model.keep) if keep is not None)
+    # A method at its block's input reads the attention of the block before.
+    read = max(first - 1, 0) if model.reducer.site == "input" else first
 
     def look(params, images):
         images = card.normalize(images)
-        dense_logits, _ = dense.apply({"params": params}, images)
+        dense_logits, plain = dense.apply({"params": params}, images)
         logits, out = model.apply({"params": params}, images)
         return dict(
             dense=jax.nn.softmax(dense_logits[0]),
             reduced=jax.nn.softmax(logits[0]),
-            # The first reducing block still sees every patch, and this is what it decides by, or
-            # what comes nearest to it where there is no class token.
-            attention=(out["cls_attention"] or out["mean_attention"])[first][0, model.prefix :],
+            # Nothing is reduced yet where the first reducing block reads attention, and this is
+            # what it decides by, or what comes nearest to it where there is no class token.
+            attention=(plain["cls_attention"] or plain["mean_attention"])[read][0, model.prefix :],
             owners=[owner[0] for owner in out["owner"]],
         )
 

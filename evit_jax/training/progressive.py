@@ -34,8 +34,23 @@ def coarse_model(model, factor: int):
     return model.clone(image_size=tuple(side // factor for side in model.image_size), keep=())
 
 
-def check_factors(model, factors: Sequence[int]) -> None:
-    """Raises InputError where a model cannot begin with patches so many times as large."""
+def check_factors(model, factors: Sequence[int], epochs: float, token_loss: float) -> None:
+    """Raises InputError where a model cannot begin with patches so many times as large.
+
+    Args:
+      factors, epochs: of config.progressive, one is nothing without the other.
+      token_loss: config.distill.tokens, for which there is no teacher with coarse patches.
+    """
+    if bool(factors) != bool(epochs):
+        raise InputError(
+            "progressive.factors and progressive.epochs go together: set both, or neither, got "
+            f"{tuple(factors)} and {epochs}"
+        )
+    if factors and token_loss:
+        raise InputError(
+            "distill.tokens compares every patch with the teacher's, and coarse patches are "
+            "others: set it to 0, or progressive.factors to ()"
+        )
     for factor in factors:
         fine, coarse = (
             dict(jax.tree_util.tree_leaves_with_path(parameter_shapes(m)))

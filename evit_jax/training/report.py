@@ -8,7 +8,9 @@ import jax
 import numpy as np
 
 from evit_jax.plan.flops import macs
+from evit_jax.reducers.diffrate_search import DiffRateSearch
 from evit_jax.tables import runs, table
+from evit_jax.tokens import Reducer
 from evit_jax.training.progressive import stage_models
 
 
@@ -134,10 +136,15 @@ def size_line(params: dict, train_images: int, test_images: int, total_steps: in
     )
 
 
-def what_next(workdir: Path) -> str:
+def what_next(workdir: Path, reducer: Reducer) -> str:
     """What to try with a finished run."""
-    return (
-        "what to try next:\n"
-        f"  python -m evit_jax.tools.evaluate --workdir={workdir} --keep_rate=1,0.9,0.7,0.5\n"
-        f"  python -m evit_jax.tools.visualize --workdir={workdir} --out=patches.png"
-    )
+    rates = "" if reducer.one_plan else " --keep_rate=1,0.9,0.7,0.5"
+    tries = [f"evaluate --workdir={workdir}{rates}"]
+    if isinstance(reducer, DiffRateSearch):
+        tries = [
+            f"learned_plan --workdir={workdir} --out=plan.json",
+            f"evaluate --workdir={workdir} --plan=plan.json",
+        ]
+    tries.append(f"visualize --workdir={workdir} --out=patches.png")
+    lines = [f"  python -m evit_jax.tools.{line}" for line in tries]
+    return "\n".join(["what to try next:", *lines])

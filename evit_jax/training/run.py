@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 
 from evit_jax.data import open_source, pipeline
@@ -41,6 +42,16 @@ def use_plan_file(config) -> None:
     with config.ignore_type(), config.unlocked():
         config.model.update(read_plan(config.model.plan))
     config.model.plan = ""
+
+
+def check_sandwich(config, model) -> None:
+    """Raises InputError where a sandwich would train parameters that the model does not have."""
+    dense = all(entry is None for entry in model.kept)
+    if config.sandwich and dense and isinstance(model.reducer, nn.Module):
+        raise InputError(
+            "a method that learns has its parameters where model.keep_rate reduces, and nothing is "
+            f"reduced: set one of the sandwich's, such as :keep_rate={min(config.sandwich)}"
+        )
 
 
 class Data:

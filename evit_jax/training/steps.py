@@ -197,6 +197,8 @@ def gradients(
         # Without weights of its own the teacher is the student's dense twin.
         variables = {"params": gather(frozen.get("teacher", params))}
         logits, out = recipe.teacher.apply(variables, seen)
+        if "patch_logits" in out:  # a training student's are the class head's alone, too
+            logits = out["logits_cls"]
         targets["teacher"] = recipe.distillation.targets(logits)
         if recipe.distillation.tokens:
             targets["tokens"] = jax.lax.stop_gradient(out["dense"])

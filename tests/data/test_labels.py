@@ -78,6 +78,13 @@ def test_every_source_names_the_map_of_each_image(tmp_path):
     assert map_path("maps", "n03", file_name(example)) == pathlib.Path("maps/n03/n03_2")
 
 
+def test_a_first_image_without_a_map_is_passed_over(tmp_path):
+    source = open_source("folder", "train", str(make_folder(tmp_path / "data")))
+    write_all(tmp_path, source)
+    (tmp_path / "cat/0.npz").unlink()  # as of a damaged image
+    assert open_label_maps(str(tmp_path), source, 2).shape == (5, 4, 3)
+
+
 def test_what_is_wrong_with_a_map_is_one_line(tmp_path):
     source = open_source("folder", "train", str(make_folder(tmp_path / "data")))
     with pytest.raises(InputError, match=r"has no label map: neither .*0\.npz nor \.pt"):

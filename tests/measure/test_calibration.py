@@ -250,3 +250,11 @@ def test_reduce_says_what_it_did(dense, images, capsys):
         evit_jax.reduce(model, params, share=1.0)
     with pytest.raises(InputError, match="nothing would be reduced"):
         evit_jax.reduce(model, params, method="evit")
+
+
+def test_a_method_that_learns_is_refused_without_its_parameters(dense, images):
+    model, params = dense
+    with pytest.raises(InputError, match="PatchMerger learns, and these parameters are of no"):
+        evit_jax.reduce(model, params, method="patchmerger", share=0.6)
+    with pytest.raises(InputError, match="PatchMerger has learned for the plan"):
+        evit_jax.reduce(model, params, method="patchmerger", share=0.6, images=images)

@@ -93,6 +93,18 @@ def test_maps_that_are_there_stay_and_damaged_images_get_none(prepared, capsys):
     assert same == times.keys() - {flags["out"] / "dog/0.npz"}
 
 
+def test_images_that_would_share_a_map_are_refused(prepared, capsys):
+    _, _, flags = prepared("class head")
+    for number in (0, 1):
+        (flags["data"] / f"train/cat/{number}.jpg").rename(
+            flags["data"] / f"train/cat/a.{number}.jpg"
+        )
+    with pytest.raises(SystemExit):
+        run(flags, capsys)
+    assert "2 images would have the map" in capsys.readouterr().err
+    assert not flags["out"].exists()
+
+
 def test_the_picture_shows_four_panels_of_some_images(prepared, capsys, tmp_path):
     _, _, flags = prepared("class head")
     figures = run(flags | dict(picture=tmp_path / "maps.png", top=2), capsys)

@@ -219,6 +219,15 @@ def test_a_method_that_reduces_in_every_block_gets_six_panels_and_all_figures(
     assert labels[-1] == f"block 6: {row['kept'][-1]} of 16"
 
 
+@pytest.mark.parametrize("layers", ["0", "1"])
+def test_a_method_at_its_blocks_input_shows_attention_to_every_patch(
+    layers, tiny, tmp_path, capsys
+):
+    found = run(tiny | {"--reducer": "dpcknn", "--layers": layers}, tmp_path, capsys)
+    assert found["images"][0]["kept"][0] + found["images"][0]["fused"][0] == 16
+    assert Image.open(tiny["--out"]).size[0] > 100
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -87,6 +87,13 @@ def test_with_nothing_dropped_the_loss_is_the_papers_codes(maps):
     assert float(figures["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_teacher_with_a_head_for_patches_says_what_its_class_head_says():
+    # A student in training has nothing of the patches in its logits, so a twin learns nothing.
+    soft = dict(distillation=losses.Distillation(hard=False, alpha=1.0), teacher=MODEL)
+    _, figures = first_step(MODEL, state=start(MODEL), batch=make_batch(), **soft)
+    assert abs(float(figures["loss"])) < 1e-6
+
+
 def test_under_evit_only_patches_on_their_own_learn():
     batch = labeled()
     _, figures = step_of(REDUCED, batch)
@@ -143,7 +150,8 @@ def test_a_teacher_sees_whole_images_and_its_answers_are_mixed_by_area():
     swap = jnp.broadcast_to(jnp.asarray(box), (8, 16))
     logits, _ = apply(plain, state["params"], batch["image"], swap)
     expected = losses.divergence(logits, blend(taught, 1 - box.mean())).mean()
-    assert float(figures["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    # The difference of two numbers near 1.1, of which float32 rounds each by 1e-7.
+    assert float(figures["loss"]) == pytest.approx(float(expected), abs=5e-7)
 
 
 def test_a_binary_cross_entropy_takes_the_place_of_the_images():

@@ -68,12 +68,18 @@ def test_a_stage_of_coarse_patches_trains_all_weights_on_fewer_tokens(backbone):
 
 
 def test_factors_that_do_not_fit_are_refused():
-    check_factors(MODEL, (2, 4))
+    check_factors(MODEL, (2, 4), epochs=1.0, token_loss=0.0)
+    check_factors(MODEL, (), epochs=0.0, token_loss=1.0)
     with pytest.raises(InputError, match="must divide the grid of patches"):
-        check_factors(MODEL, (3,))
+        check_factors(MODEL, (3,), epochs=1.0, token_loss=0.0)
     for factor in (1, 0.5):
         with pytest.raises(InputError, match="whole numbers above 1"):
-            check_factors(MODEL, (factor,))
+            check_factors(MODEL, (factor,), epochs=1.0, token_loss=0.0)
     bias = build_model("beit", **SIZES)
     with pytest.raises(InputError, match="other weights for coarse patches"):
-        check_factors(bias, (2,))
+        check_factors(bias, (2,), epochs=1.0, token_loss=0.0)
+    for factors, epochs in (((2,), 0.0), ((), 1.0)):
+        with pytest.raises(InputError, match="go together"):
+            check_factors(MODEL, factors, epochs=epochs, token_loss=0.0)
+    with pytest.raises(InputError, match=r"distill\.tokens compares every patch"):
+        check_factors(MODEL, (2,), epochs=1.0, token_loss=0.5)

@@ -5,6 +5,7 @@ import pytest
 from evit_jax import tables
 from evit_jax.models import build_model, init_params
 from evit_jax.plan import stages
+from evit_jax.reducers import create_reducer
 from evit_jax.training import report
 
 MODEL = build_model("deit_small_patch16_224", keep_rate=0.7)
@@ -71,3 +72,11 @@ def test_a_dense_run_has_one_row_and_no_ratio():
 def test_log_lines_leave_out_what_is_unknown():
     line = report.line(dict(step=5, epoch=0.25, train_loss=1.5, images_per_second=None), 10)
     assert line == "step 5/10  epoch 0.2  loss 1.5000"
+
+
+def test_what_to_try_next_is_what_the_method_can_do():
+    assert "--keep_rate=1,0.9,0.7,0.5" in report.what_next("run", create_reducer("evit"))
+    assert "keep_rate" not in report.what_next("run", create_reducer("sit"))
+    lines = report.what_next("run", create_reducer("diffrate_search")).splitlines()
+    assert lines[1].endswith("learned_plan --workdir=run --out=plan.json")
+    assert lines[2].endswith("evaluate --workdir=run --plan=plan.json")

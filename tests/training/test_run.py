@@ -6,7 +6,8 @@ import pytest
 
 from configs import common
 from evit_jax.errors import InputError
-from evit_jax.training.run import Calendar, Due, Profile, use_plan_file
+from evit_jax.models import build_model
+from evit_jax.training.run import Calendar, Due, Profile, check_sandwich, use_plan_file
 
 
 def calendar(**changes):
@@ -29,6 +30,16 @@ def test_what_is_due_after_a_step():
     # The last step does everything, and nobody has to stop any more.
     assert days.due(16, stop=True) == Due(log=True, evaluate=True, save=True, stop=False)
     assert calendar(eval_every=0, checkpoint_every=0).due(8, stop=False) == nothing
+
+
+def test_a_sandwich_of_a_method_that_learns_needs_a_rate_that_reduces():
+    config = common.get_config()
+    config.sandwich = (1.0, 0.5)
+    sizes = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
+    check_sandwich(config, build_model("vit", **sizes, reducer="cropr", keep_rate=0.5))
+    check_sandwich(config, build_model("vit", **sizes, reducer="topk"))
+    with pytest.raises(InputError, match=r"such as :keep_rate=0\.5"):
+        check_sandwich(config, build_model("vit", **sizes, reducer="cropr"))
 
 
 def test_a_plan_file_puts_its_counts_and_reducer_into_the_run_s_own_configuration(tmp_path):

@@ -93,7 +93,6 @@ def test_a_model_trains_at_its_plan(name):
 
     grads = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    assert all(
-        jnp.abs(jax.tree.leaves(grads[f"blocks_{block}"]["reduction"])[-1]).max() > 0
-        for block in (1, 2, 3)
-    )
+    for block in (1, 2, 3):  # sit's shares begin so alike that their scale alone may get nothing
+        learned = jax.tree.leaves(grads[f"blocks_{block}"]["reduction"])
+        assert max(jnp.abs(leaf).max() for leaf in learned) > 0

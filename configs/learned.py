@@ -8,9 +8,9 @@
 
 Arguments: method (dynamicvit, cropr, diffrate_search, sit, patchmerger), size (tiny, small, base),
 keep_rate, image_size, debug; teacher and budget follow these, and no later --config.model.*.
-IMAGENET as in configs/evit_deit.py. The keep rate is for blocks 3, 6
-and 9; cropr and diffrate_search, which reduce in every block, get the multiply-accumulates of that
-plan as their budget.
+IMAGENET as in configs/evit_deit.py. The keep rate is for blocks 3, 6 and 9; cropr and
+diffrate_search, which reduce in every block, get the multiply-accumulates of that plan as their
+budget.
 
   dynamicvit       30 epochs; predictors at 1e-3, the rest at a hundredth of it and not before epoch
                    5; cross entropy + 0.5 KL and 0.5 token difference to the dense DeiT + 2 times

@@ -6,11 +6,11 @@
     python train.py --config=configs/learned.py:method=cropr,size=tiny,keep_rate=0.5 ...
     python train.py --config=configs/learned.py:method=diffrate_search,keep_rate=0.6 ...
 
-Arguments: method (dynamicvit, cropr, diffrate_search, sit, patchmerger), size (tiny, small, base),
-keep_rate, image_size, debug; teacher and budget follow these, and no later --config.model.*.
+Arguments: method (dynamicvit, cropr, diffrate_search, sit, patchmerger, stvit), size (tiny, small,
+base), keep_rate, image_size, debug; teacher and budget follow these, and no later --config.model.*.
 IMAGENET as in configs/evit_deit.py. The keep rate is for blocks 3, 6 and 9; cropr and
-diffrate_search, which reduce in every block, get the multiply-accumulates of that plan as their
-budget.
+diffrate_search, which reduce in every block, and stvit, which reduces in block 4 alone, get the
+multiply-accumulates of that plan as their budget.
 
   dynamicvit       30 epochs; predictors at 1e-3, the rest at a hundredth of it and not before epoch
                    5; cross entropy + 0.5 KL and 0.5 token difference to the dense DeiT + 2 times
@@ -24,6 +24,7 @@ budget.
   sit              125 epochs at 2e-4; cross entropy + 2 KL to the dense DeiT, scaled by 1/3. The
                    paper starts from LV-ViT and learns the teacher's tokens as well.
   patchmerger      as sit, which is our choice: the paper trains from scratch.
+  stvit            as sit, which is our choice too: the paper trains from scratch as DeiT does.
 
 No run on ImageNet has been made with this file yet; docs/methods.md has small ones.
 """
@@ -34,7 +35,7 @@ from evit_jax.errors import check_name
 from evit_jax.models import build_model
 from evit_jax.plan.flops import macs
 
-METHODS = ("dynamicvit", "cropr", "diffrate_search", "sit", "patchmerger")
+METHODS = ("dynamicvit", "cropr", "diffrate_search", "sit", "patchmerger", "stvit")
 
 
 def get_config(text: str = ""):
@@ -71,7 +72,7 @@ def get_config(text: str = ""):
             config.optimizer.backbone_start_epoch /= 50
             if config.distill.teacher:
                 config.distill.update(teacher="self", weights="")
-    if method in ("cropr", "diffrate_search") and chosen["keep_rate"]:
+    if method in ("cropr", "diffrate_search", "stvit") and chosen["keep_rate"]:
         like = {name: value for name, value in config.model.items() if name != "reducer"}
         with config.unlocked(), config.ignore_type():
             config.model.macs = float(macs(build_model(**like, reducer="topk")))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import common
+from configs.learned import METHODS
 from evit_jax import tables
 from evit_jax.data import known_sources
 from evit_jax.errors import InputError
@@ -188,21 +189,23 @@ def test_the_recipe_is_deit3s_in_each_of_its_stages():
         load("deit3", "stage=pretrained")
 
 
-@pytest.mark.parametrize("method", ["dynamicvit", "cropr", "diffrate_search", "sit", "patchmerger"])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_that_learn_have_equal_budgets_and_the_teacher_they_start_from(method):
     config = load("learned", f"method={method}")
     model = build_model(**config.model)
     assert type(model.reducer).__module__ == f"evit_jax.reducers.{method}"
     three = build_model(**dict(load("evit_deit").model) | dict(reducer="topk"))
-    if method in ("cropr", "diffrate_search"):
+    if method in ("cropr", "diffrate_search", "stvit"):
         assert 0.98 * macs(three) < macs(model) <= macs(three)
-        assert config.distill.teacher == ""
     else:
         assert model.tokens_per_block == three.tokens_per_block
+    assert (config.distill.teacher == "") == (method in ("cropr", "diffrate_search"))
     if config.distill.teacher:
         config.weights = "deit.safetensors"
         assert config.distill.weights == "deit.safetensors"
         assert config.distill.teacher == config.model.name
-    assert (config.optimizer.backbone_lr < 1) == (method not in ("sit", "patchmerger"))
+    assert (config.optimizer.backbone_lr < 1) == (
+        method in ("dynamicvit", "cropr", "diffrate_search")
+    )
     with pytest.raises(InputError, match="unknown method 'dynamicvi'; did you mean 'dynamicvit'"):
         load("learned", "method=dynamicvi")

@@ -30,6 +30,7 @@ USES_PLACES = {
     "hiprune": "takes the neighbors of a patch in the grid",
     "mctf": "pairs even places with odd ones",
     "random": "draws places, not patches",
+    "stvit": "starts from regions of the grid",
     "tofu": "pairs even places with odd ones",
     "tome": "pairs even places with odd ones",
     "window": "pools neighbors in the grid",

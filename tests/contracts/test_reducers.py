@@ -26,7 +26,7 @@ STANDS_FOR_OTHERS = {
     "tofu": "in early blocks a token takes over a patch and nothing of its content"
 }
 SPREADS = {"gtp": "gives a part of a dropped token to each of its neighbors, one of which owns it"}
-SOFT = dict.fromkeys(("patchmerger", "sit"), "each token is a mean of all patches")
+SOFT = dict.fromkeys(("patchmerger", "sit", "stvit"), "each token is made of all patches")
 MASKS = dict.fromkeys(("diffrate_search", "dynamicvit"), "hides tokens in training, and learns how")
 OWN_WEIGHT = {"diffrate": "what is merged adds to the weight by how similar it is, not by its size"}
 

@@ -36,6 +36,7 @@ METHODS = {
     "cropr": (ONCE, {}),
     "sit": (ONCE, {}),
     "patchmerger": (ONCE, {}),
+    "stvit": (ONCE, {}),
     "ats": (dict(macs=1.25e6, layers=(0,)), {}),
     "random:seed=1": (dict(macs=2.67e6, layers=(1, 2, 3)), dict(lr=2e-3)),
     "dynamicvit:ratio_weight=8.0": (OFTEN, dict(lr=2e-3)),

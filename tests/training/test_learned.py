@@ -23,7 +23,7 @@ from tests.scripts import learned_methods
 from tests.training.test_steps import CARD, make_batch, make_recipe
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
-SPECS = ["dynamicvit", "diffrate_search", "cropr", "sit", "patchmerger", "ats"]
+SPECS = ["dynamicvit", "diffrate_search", "cropr", "sit", "patchmerger", "stvit", "ats"]
 
 
 def some_of_them(*quick):

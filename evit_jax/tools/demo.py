@@ -49,6 +49,7 @@ KINDS = {
     "share": ("Share of the dense model's MACs", 0.5),
     "keep_rate": ("Keep rate of each reducing block", 0.7),
 }
+LOWEST, HIGHEST = 0.1, 0.95
 CHOICES = [("MACs", "share"), ("keep rate", "keep_rate")]
 NO_PICTURE = "Drop a picture on the left, or choose an example."
 TITLE, WRONG = "font-weight: 600; font-size: 16px", "color: var(--error-text-color, #b91c1c)"
@@ -129,10 +130,11 @@ def examples(options: argparse.Namespace, models: dict[str, SideBySide], folder:
         for path in options.images:
             next(iter(models.values())).view(read(path), str(path))
         return [str(path.resolve()) for path in options.images]
-    found = []
+    found, seen = [], []
     for model in models.values():
-        if model.spec.config is None:
+        if model.spec.config is None or model.spec.config["data"] in seen:
             continue
+        seen.append(model.spec.config["data"])
         try:
             source = open_test_data(model.spec.config)
         except (InputError, OSError) as error:
@@ -190,6 +192,14 @@ def while_compiling(side_by_side: SideBySide, model) -> Iterator[int]:
         job.result()
 
 
+def beginning(model: SideBySide) -> tuple[str, float]:
+    """What the slider sets at first, and to what: a run's own keep rate, where it has one."""
+    rate = model.spec.keep_rate
+    if rate is not None and LOWEST <= rate <= HIGHEST:
+        return "keep_rate", rate
+    return "share", KINDS["share"][1]
+
+
 def build_page(models: dict[str, SideBySide], pictures: list[str]):
     """The page, as Gradio's Blocks.
 
@@ -219,10 +229,10 @@ def build_page(models: dict[str, SideBySide], pictures: list[str]):
                 label = gr.Dropdown(labels, value=labels[0], label="Model")
                 label.visible = len(labels) > 1
                 method = gr.Dropdown(first.methods, value=first.methods[0], label="Method")
-                kind = gr.Radio(CHOICES, value="share", label="The slider sets")
-                slider = gr.Slider(
-                    0.1, 0.95, KINDS["share"][1], step=0.05, label=KINDS["share"][0], buttons=[]
-                )
+                sets, start = beginning(first)
+                kind = gr.Radio(CHOICES, value=sets, label="The slider sets")
+                text = KINDS[sets][0]
+                slider = gr.Slider(LOWEST, HIGHEST, start, step=0.05, label=text, buttons=[])
             with gr.Column(scale=3, min_width=600):
                 status = gr.HTML(message(NO_PICTURE), padding=False)
                 shown = gr.HTML(padding=False)

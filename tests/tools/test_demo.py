@@ -266,6 +266,7 @@ def test_a_run_of_a_method_that_learns_shows_it_where_it_learned(tmp_path):
     make_run(tmp_path / "run", model=dict(reducer="patchmerger", keep_rate=0.5))
     model = SideBySide(spec_of_run(str(tmp_path / "run")))
     assert model.methods[0] == "patchmerger"
+    assert demo.beginning(model) == ("keep_rate", 0.5)
     assert "evit" in model.methods
     model.look(model.view(pixels(16, 16, 3)), model.plan("patchmerger", keep_rate=0.5))
     with pytest.raises(InputError, match="learns, and these parameters are of no training"):
@@ -273,11 +274,14 @@ def test_a_run_of_a_method_that_learns_shows_it_where_it_learned(tmp_path):
 
 
 def test_several_models_are_there_to_choose_from(weights, tmp_path):
-    flags = [f"--model={'tiny'}", f"--weights={weights}"]
+    flags = ["--model=tiny", f"--weights={weights}"]
     make_run(tmp_path / "run")
-    options = demo.parse([*flags, *flags, f"--workdir={tmp_path / 'run'}"])
+    run = f"--workdir={tmp_path / 'run'}"
+    options = demo.parse([*flags, *flags, run, run])
     models = demo.open_models(options)
-    assert list(models) == ["tiny", "tiny (2)", str(tmp_path / "run")]
+    runs = [str(tmp_path / "run"), f"{tmp_path / 'run'} (2)"]
+    assert list(models) == ["tiny", "tiny (2)", *runs]
+    assert demo.beginning(models["tiny"]) == ("share", 0.5)
     names = [path.rpartition("/")[2] for path in demo.examples(options, models, tmp_path)]
     assert names == ["chelsea.jpg", "coffee.jpg", "0.png", "1.png", "2.png", "3.png"]
 

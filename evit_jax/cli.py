@@ -51,13 +51,17 @@ MODEL_FLAGS = dict(
 )
 
 
-def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, *names: str, several: bool = False) -> None:
     """Adds these of MODEL_FLAGS; each is None where the command line leaves it out.
 
     `training.trained.open_spec` makes a model of what was parsed.
+
+    Args:
+      several: each may be given more than once, and is a list.
     """
+    more = dict(action="append") if several else {}
     for name in names:
-        parser.add_argument(f"--{name}", **MODEL_FLAGS[name])
+        parser.add_argument(f"--{name}", **MODEL_FLAGS[name], **more)
 
 
 class Parser(argparse.ArgumentParser):

@@ -33,13 +33,11 @@ from PIL import Image
 import evit_jax.pictures
 from evit_jax import cli
 from evit_jax.data import read_classes
-from evit_jax.data.names import imagenet_names
 from evit_jax.errors import InputError
 from evit_jax.measure.side_by_side import SideBySide
-from evit_jax.models.named import table
 from evit_jax.pictures.side_by_side import message, result
 from evit_jax.storage import read
-from evit_jax.tools.visualize import names_of_run, varied_examples
+from evit_jax.tools.visualize import class_names, varied_examples
 from evit_jax.training.trained import ModelSpec, open_spec, open_test_data
 
 EXAMPLES = 4  # of a run's test images
@@ -94,16 +92,6 @@ def open_specs(options: argparse.Namespace) -> list[ModelSpec]:
 def one_model(given: dict) -> dict:
     """Flags of a single model, in place of all that were given."""
     return dict.fromkeys(("model", "weights", "workdir")) | given
-
-
-def class_names(spec: ModelSpec, classes: int) -> list[str] | None:
-    """What the classes are called where nobody says so; None: nobody knows."""
-    if spec.config:
-        names = names_of_run(spec.config)
-        return names and (names + [str(i) for i in range(len(names), classes)])[:classes]
-    if classes == 1000 and spec.name.partition(".")[0] in table():
-        return list(imagenet_names())
-    return None
 
 
 def open_models(options: argparse.Namespace) -> dict[str, SideBySide]:

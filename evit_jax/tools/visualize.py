@@ -6,7 +6,8 @@ python -m evit_jax.tools.visualize --model=NAME --weights=FILE --keep_rate=0.7 -
 python -m evit_jax.tools.visualize --workdir=runs/digits --out=FILE.png [IMAGE...]
 
 With --workdir the model, its keep rate and the names of the classes are those of a training run;
-where no image is named, a few of its own test images are drawn.
+where no image is named, a few of its own test images are drawn. Models of 1000 classes by name have
+ImageNet's names, unless --classes has others; else classes have numbers.
 
 A row per image: as the model sees it, what its class token attends to where the first block
 decides, and the patches after every reducing block (six of them at most). The last line of standard
@@ -30,8 +31,10 @@ from PIL import Image
 from evit_jax import cli
 from evit_jax.data import read_classes
 from evit_jax.data.augment import center_crop, decode
+from evit_jax.data.names import imagenet_names
 from evit_jax.errors import InputError
 from evit_jax.models import preprocessing
+from evit_jax.models.named import table
 from evit_jax.pictures import patches
 from evit_jax.runtime.parallel import DataParallel
 from evit_jax.storage import read, write_whole
@@ -90,6 +93,16 @@ def open_views(options: argparse.Namespace, spec: ModelSpec) -> tuple[list[View]
         label = names[example["label"]] if example["label"] < len(names) else None
         views.append(View(example["name"], example["image"], label))
     return views, names
+
+
+def class_names(spec: ModelSpec, classes: int) -> list[str] | None:
+    """What the classes are called where nobody says so; None: nobody knows."""
+    if spec.config:
+        names = names_of_run(spec.config)
+        return names and (names + [str(i) for i in range(len(names), classes)])[:classes]
+    if classes == 1000 and spec.name.partition(".")[0] in table():
+        return list(imagenet_names())
+    return None
 
 
 def names_of_run(config: dict) -> list[str] | None:
@@ -191,7 +204,9 @@ def visualize(options: argparse.Namespace) -> dict:
             f"--classes={options.classes} has {len(classes)} names and the model "
             f"{model.num_classes} classes"
         )
-    if classes and len(classes) < model.num_classes:
+    if not classes and spec.config is None:
+        classes = class_names(spec, model.num_classes)
+    elif classes and len(classes) < model.num_classes:
         classes += map(str, range(len(classes), model.num_classes))
     params = spec.load_params(model)
 

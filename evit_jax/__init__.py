@@ -11,7 +11,7 @@ from evit_jax.plan.counts import token_counts, token_plan
 from evit_jax.reducers import create_reducer
 from evit_jax.tokens import Reducer, Signals, Tokens, unmerge
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "InputError",
     "Reducer",

@@ -288,6 +288,8 @@ class Reducer:
     # Whether what it learns is for the plan that it is trained with alone, so that rates which
     # change during training (a warm-up, a sandwich) are refused.
     one_plan = False
+    # Whether training finds counts for another plan, which the tool learned_plan reads.
+    learns_counts = False
     # Whether the weights that it sets are never below 1, as sizes are. Attention then needs no term
     # for a token's own key, so that a fused kernel can do it.
     weights_at_least_one = False

@@ -42,6 +42,7 @@ class DiffRateSearch(nn.Module, Ranks):
     """
 
     one_plan = True
+    learns_counts = True
 
     by: str = "class"  # the score, one of Top-K's; others need no class token
     step: int = 4  # between candidates

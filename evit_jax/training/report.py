@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from evit_jax.plan.flops import macs
-from evit_jax.reducers.diffrate_search import DiffRateSearch
 from evit_jax.tables import runs, table
 from evit_jax.tokens import Reducer
 from evit_jax.training.progressive import stage_models
@@ -140,7 +139,7 @@ def what_next(workdir: Path, reducer: Reducer) -> str:
     """What to try with a finished run."""
     rates = "" if reducer.one_plan else " --keep_rate=1,0.9,0.7,0.5"
     tries = [f"evaluate --workdir={workdir}{rates}"]
-    if isinstance(reducer, DiffRateSearch):
+    if reducer.learns_counts:
         tries = [
             f"learned_plan --workdir={workdir} --out=plan.json",
             f"evaluate --workdir={workdir} --plan=plan.json",

@@ -15,7 +15,7 @@ FLOORS = (
     {"tokens", "cli", "data"},
     {"reducers"},
     {"models"},
-    {"training"},
+    {"training", "export"},
     {"measure"},
     {"tools", "__init__", "__main__"},
 )

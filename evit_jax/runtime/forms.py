@@ -60,12 +60,19 @@ HALF_PRECISION = dict(tpu=TPU, cuda=Form(cudnn=True, normalize_map=True, tile=8,
 SINGLE_PRECISION = dict(tpu=dataclasses.replace(TPU, one_hot=False, tanh_gelu=False))
 
 
+# with only_form(EXACT): programs that are traced here have this form, whatever they run on: for a
+# format that has no choice by platform. Part of the key of jax's caches of traced functions.
+only_form = jax.make_user_context(None)
+
+
 def by_chip(function: Callable, *args, dtype: jnp.dtype):
     """function(*args, form=...) in the form of the chip that the program is for.
 
     Args:
       dtype: of the computation. What rounds otherwise than float32 does is for half precision only.
     """
+    if only_form.value is not None:
+        return function(*args, form=only_form.value)
     forms = HALF_PRECISION if jnp.dtype(dtype).itemsize <= 2 else SINGLE_PRECISION
 
     def of(form):

@@ -277,6 +277,11 @@ def with_result(program: Callable, function: Callable) -> Callable:
     return followed
 
 
+def portable(function: Callable) -> Callable:
+    """A function as jit takes it, bound to no device, for `jax.export`."""
+    return jax.jit(function)
+
+
 MODES = {"jit": DataParallel, "pmap": PmapParallel}
 
 

@@ -6,6 +6,7 @@ product for queries, keys and values, the exact GELU.
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,15 +52,18 @@ def write(
     check_installed()
     from jax2onnx import to_onnx
 
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # hundreds of lines on unknown shapes
     count = batch or export.symbolic_shape("batch")[0]
     shape = jax.ShapeDtypeStruct((count, *image_size, 3), jnp.float32)
     # While jax2onnx traces, many functions of jax.numpy are its own, some of which take no batch of
     # any size. So the function is traced before, and run as the list of operations that it is.
     with only_form(EXACT):
-        traced = jax.make_jaxpr(rewritten(function, dict(pad=padded)))(shape)
+        traced = jax.make_jaxpr(rewritten(function, RULES))(shape)
     try:
         model = to_onnx(
-            lambda images: run(traced.jaxpr, traced.consts, [images], {}, lambda x: x)[0],
+            lambda images: run(traced.jaxpr, traced.consts, [images], {}, lambda x: x, fold=True)[
+                0
+            ],
             [shape],
             model_name="evit_jax",
             input_names=[INPUT],
@@ -72,6 +76,11 @@ def write(
         ) from error
     with_matrix_products(model.graph)
     write_whole(path, model.SerializeToString())
+
+
+def again(traced, images) -> jax.Array:
+    """The only result of a traced function."""
+    return run(traced.jaxpr, traced.consts, [images], {}, lambda value: value, fold=True)[0]
 
 
 def padded(equation, inputs: list) -> list | None:
@@ -87,6 +96,17 @@ def padded(equation, inputs: list) -> list | None:
         )
         x = jnp.concatenate([*front, x, *back], axis=axis)
     return [x]
+
+
+def either(equation, inputs: list) -> list | None:
+    """The rule for a choice between two truth values, which onnxruntime does for numbers alone."""
+    where, *cases = inputs
+    if len(cases) != 2 or cases[0].dtype != jnp.bool_:
+        return None
+    return [(where & cases[1]) | (~where & cases[0])]
+
+
+RULES = dict(pad=padded, select_n=either)
 
 
 def with_matrix_products(graph) -> None:
@@ -118,8 +138,12 @@ def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     check_installed()
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; not what it tidies up
     try:
-        session = onnxruntime.InferenceSession(read(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            read(path), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # of onnxruntime's own module
         raise InputError(
             f"onnxruntime cannot load {path}: {' '.join(str(error).split())[:300]}"

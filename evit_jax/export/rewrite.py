@@ -5,6 +5,7 @@ It is traced to a jaxpr, JAX's list of operations, and that is run with a rule f
 that is to be replaced.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -40,8 +41,12 @@ def leaf(value) -> bool:
     return hasattr(value, "dtype")
 
 
-def run(jaxpr, consts, args, rules: dict[str, Callable], plain: Callable) -> list:
-    """The results of a list of operations, of which those that no result needs are left out."""
+def run(jaxpr, consts, args, rules: dict[str, Callable], plain: Callable, fold=False) -> list:
+    """The results of a list of operations, of which those that no result needs are left out.
+
+    Args:
+      fold: operations on constants alone are done at once, and their results are constants.
+    """
     needed, equations = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or not needed.isdisjoint(equation.outvars):
@@ -59,11 +64,13 @@ def run(jaxpr, consts, args, rules: dict[str, Callable], plain: Callable) -> lis
         if name in CALLS:
             inner = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
             consts = getattr(inner, "consts", ())
-            results = run(getattr(inner, "jaxpr", inner), consts, inputs, rules, plain)
+            results = run(getattr(inner, "jaxpr", inner), consts, inputs, rules, plain, fold)
         elif name in rules:
             results = rules[name](equation, inputs)
         if results is None:
-            results = equation.primitive.bind(*map(plain, inputs), **equation.params)
+            constant = fold and not any(isinstance(value, jax.core.Tracer) for value in inputs)
+            with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
+                results = equation.primitive.bind(*map(plain, inputs), **equation.params)
             results = results if equation.primitive.multiple_results else [results]
         values.update(zip(equation.outvars, results, strict=True))
     return [value(variable) for variable in jaxpr.outvars]

@@ -23,6 +23,7 @@ def get_config(text: str = ""):
         config.batch_size = 32
         config.epochs = 3.0
         config.new_head = True
+        config.label_smoothing = 0.0  # the losses of training and test compare
 
         config.model.update(
             name=f"deit_{chosen['size']}_patch16_224",

@@ -28,7 +28,8 @@ def executed() -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = dict(metadata=dict(path=str(NOTEBOOK.parent)))
-    NotebookClient(notebook, timeout=None, kernel_name="python3", resources=folder).execute()
+    settings = dict(timeout=None, kernel_name="python3", coalesce_streams=True)
+    NotebookClient(notebook, resources=folder, **settings).execute()
     return notebook
 
 

@@ -72,7 +72,8 @@ def write(
     except Exception as error:  # jax2onnx raises many kinds
         raise InputError(
             f"jax2onnx cannot write this model: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; another reducer may do (docs/export.md)"
+            f"{' '.join(str(error).split())[:300]}; docs/export.md says what goes: "
+            + ("another reducer may" if batch else "a batch of a fixed size (--batch=N) may")
         ) from error
     with_matrix_products(model.graph)
     write_whole(path, model.SerializeToString())

@@ -13,6 +13,7 @@ from jax.extend.core import Literal
 
 # Operations that call a list of operations once: their insides are run in their place.
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
+NOTHING = contextlib.nullcontext()
 
 
 def rewritten(function: Callable, rules: dict[str, Callable], *, plain: Callable = lambda x: x):
@@ -34,6 +35,13 @@ def rewritten(function: Callable, rules: dict[str, Callable], *, plain: Callable
         return jax.tree.unflatten(jax.tree.structure(out), map(plain, results))
 
     return changed
+
+
+def constant(equation, inputs: list) -> bool:
+    """Whether an operation has nothing but constants, and results of a size that is known."""
+    sides = [side for variable in equation.outvars for side in variable.aval.shape]
+    known = all(isinstance(side, int) for side in sides) and inputs  # the batch's size has none
+    return bool(known) and not any(isinstance(value, jax.core.Tracer) for value in inputs)
 
 
 def leaf(value) -> bool:
@@ -68,8 +76,7 @@ def run(jaxpr, consts, args, rules: dict[str, Callable], plain: Callable, fold=F
         elif name in rules:
             results = rules[name](equation, inputs)
         if results is None:
-            constant = fold and not any(isinstance(value, jax.core.Tracer) for value in inputs)
-            with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
+            with jax.ensure_compile_time_eval() if fold and constant(equation, inputs) else NOTHING:
                 results = equation.primitive.bind(*map(plain, inputs), **equation.params)
             results = results if equation.primitive.multiple_results else [results]
         values.update(zip(equation.outvars, results, strict=True))

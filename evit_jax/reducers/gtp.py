@@ -83,7 +83,7 @@ class GTP(Reducer):
 
         heir = jnp.where(jnp.max(received, axis=1) > 0, jnp.argmax(received, axis=1), -1)
         place = destinations(kept, n, rest=-1)
-        rows = jnp.arange(len(place))[:, None]
+        rows = jnp.arange(place.shape[0])[:, None]
         place = place.at[rows, dropped].set(heir.astype(jnp.int32), unique_indices=True)
         sizes = total(tokens.size[:, prefix:], place, keep)
         weight = reduced.weight

@@ -96,7 +96,7 @@ class MCTF(Reducer):
         own_odd += goes.shape[1] - first
         odd_place = jnp.where(returns, jnp.take_along_axis(own_even, returned, axis=1), own_odd)
         even_place = jnp.where(goes, jnp.take_along_axis(odd_place, target, axis=1), own_even)
-        place = jnp.zeros((len(goes), n), jnp.int32)
+        place = jnp.zeros((goes.shape[0], n), jnp.int32)
         place = place.at[:, even].set(even_place).at[:, odd].set(odd_place)
         share = jnp.maximum(received, TINY) * size
         return merge(tokens, place, share, keep, proportional=self.proportional)

@@ -281,10 +281,10 @@ def main() -> None:
         row |= dict(bytes=size_of(file.path), differences=off)
         if many and model.num_classes:
             row |= tally.figures(labeled)
-        rows.append(row | speeds.get(file.path.name, {}))
         if file.format == "onnx":
             first = model.hidden * (2 if model.mlp == "swiglu_packed" else 1)
             row["tokens_in_graph"] = onnx.tokens_after_blocks(file.path, model.width, first)
+        rows.append(row | speeds.get(file.path.name, {}))
     own = float32.figures(labeled) if many and model.num_classes else {}
     own |= speeds.get("flax", {})
     print(report(rows, own), file=sys.stderr)

@@ -97,7 +97,7 @@ class TwoSteps(Reducer):
             x=tokens.x[:, :-1].at[:, -1].set(x),
             size=tokens.size[:, :-1].at[:, -1].set(size.sum(axis=1)),
             weight=None if tokens.weight is None else tokens.weight[:, :-1],
-            owner=follow(tokens.owner, jnp.broadcast_to(place, (len(x), tokens.patches))),
+            owner=follow(tokens.owner, jnp.broadcast_to(place, (x.shape[0], tokens.patches))),
         )
 
 

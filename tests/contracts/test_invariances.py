@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from evit_jax.errors import InputError
 from evit_jax.reducers import create_reducer, known_reducers
@@ -116,3 +117,15 @@ def test_other_values_of_the_same_shape_need_no_new_program(reducer):
     assert traces == [(BATCH, 1 + PATCHES, WIDTH)]
     assert reduced._cache_size() == 1
     assert (first.x != second.x).any()
+
+
+@but_for(FIXED_COUNT)
+def test_a_batch_may_be_of_any_size(reducer):
+    """As exported programs ask for it: a size that is no number where the program is traced."""
+    tokens, signals = example()
+    size = export.symbolic_shape("batch")[0]
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), (tokens, signals)
+    )
+    after = jax.eval_shape(lambda *args: call(reducer, *args, 9), *shapes)
+    assert after.x.shape == (size, 1 + 9 + reducer.extra, WIDTH)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
@@ -205,18 +204,6 @@ def test_each_image_is_treated_alone(reducer):
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
             # Products of other batch sizes may be summed in another order.
             np.testing.assert_allclose(a[0], b[image], rtol=1e-6, atol=1e-6)
-
-
-@every_free_one
-def test_a_batch_may_be_of_any_size(reducer):
-    """As exported programs ask for it: a size that is no number where the program is traced."""
-    tokens, signals = example()
-    size = export.symbolic_shape("batch")[0]
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), (tokens, signals)
-    )
-    after = jax.eval_shape(lambda *args: call(reducer, *args, 9), *shapes)
-    assert after.x.shape == (size, 1 + 9 + reducer.extra, WIDTH)
 
 
 @but_for(FIXED_COUNT | SPREADS)

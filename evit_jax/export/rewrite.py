@@ -71,8 +71,8 @@ def run(jaxpr, consts, args, rules: dict[str, Callable], plain: Callable, fold=F
         name, results = equation.primitive.name, None
         if name in CALLS:
             inner = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
-            consts = getattr(inner, "consts", ())
-            results = run(getattr(inner, "jaxpr", inner), consts, inputs, rules, plain, fold)
+            constants = getattr(inner, "consts", ())
+            results = run(getattr(inner, "jaxpr", inner), constants, inputs, rules, plain, fold)
         elif name in rules:
             results = rules[name](equation, inputs)
         if results is None:

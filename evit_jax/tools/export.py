@@ -51,6 +51,7 @@ from evit_jax.runtime.parallel import DataParallel
 from evit_jax.storage import write_whole
 from evit_jax.tools.calibrate import draw_images
 from evit_jax.tools.evaluate import BATCH_SIZE, open_data
+from evit_jax.tools.visualize import class_names
 from evit_jax.training.trained import ModelSpec, open_spec
 
 FORMATS = dict(stablehlo=stablehlo, onnx=onnx, savedmodel=savedmodel)
@@ -249,6 +250,7 @@ def main() -> None:
     classes = source.classes if source is not None else None
     if classes is None and flags.classes:
         classes = read_classes(flags.classes, unique=False)
+    classes = classes or class_names(spec, model.num_classes)
     params = spec.load_params(model)
     program = DataParallel(jax.devices()[:1]).compile_eval(
         lambda params, images: model.apply({"params": params}, images)[0]

@@ -81,11 +81,11 @@ class View(NamedTuple):
 
 
 def open_views(options: argparse.Namespace, spec: ModelSpec) -> tuple[list[View], list[str] | None]:
-    """(the images, the names of the classes or None)."""
+    """(the images, the names of the classes where flags or data say so, else None)."""
     names = options.classes and list(read_classes(options.classes, unique=False))
     if options.images:
         views = [View(str(path), read(path)) for path in options.images]
-        return views, names or (spec.config and names_of_run(spec.config))
+        return views, names
     source = open_test_data(spec.config)
     names = names or list(source.classes)
     views = []
@@ -204,9 +204,9 @@ def visualize(options: argparse.Namespace) -> dict:
             f"--classes={options.classes} has {len(classes)} names and the model "
             f"{model.num_classes} classes"
         )
-    if not classes and spec.config is None:
+    if not classes:
         classes = class_names(spec, model.num_classes)
-    elif classes and len(classes) < model.num_classes:
+    elif len(classes) < model.num_classes:
         classes += map(str, range(len(classes), model.num_classes))
     params = spec.load_params(model)
 

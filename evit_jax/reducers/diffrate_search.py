@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from evit_jax.errors import InputError, check_name
 from evit_jax.plan.counts import Entry, Keep, kept_count
@@ -27,15 +28,18 @@ class DiffRateSearch(nn.Module, Ranks):
 
     A reducing block has two distributions, softmaxes of learned logits, over how many patch tokens
     to prune to and to merge to: all P, P - step, P - 2 step, ... The count is the expectation,
-    rounded up, and no more than what is there. Logits start at zero, half of the tokens.
+    rounded up, and no more than what is there. Logits start at zero, half of the tokens, as in the
+    paper, or with `from_plan` where the counts are the plan's: a search that is short starts better
+    from a good plan, since at half of all tokens in every block the first one decides alone.
 
     In training all tokens stay. Sorted by importance, the token of place i is hidden where i is not
     below the count; the gradient is that of the probability that the count is above i
     (straight-through). Tokens to be merged are added to their most similar kept token and hidden.
     What `diffrate` computes with these counts is so computed exactly. The loss is `weight` times
     the square of what an image costs too much or too little, in 10^9 multiply-accumulates as
-    `plan.flops` counts them, against the plan that was given, which otherwise only says which
-    blocks reduce. In evaluation it is `diffrate` with that plan: the baseline of the search.
+    `plan.flops` counts them, against the plan that was given, which otherwise says which
+    blocks reduce, and where to start. In evaluation it is `diffrate` with that plan: the baseline
+    of the search.
 
     The paper trains these logits alone, the model's weights stay as they are:
     config.optimizer.backbone_lr = 0.
@@ -47,6 +51,7 @@ class DiffRateSearch(nn.Module, Ranks):
     by: str = "class"  # the score, one of Top-K's; others need no class token
     step: int = 4  # between candidates
     weight: float = 5.0  # of the squared difference in 10^9 multiply-accumulates
+    from_plan: bool = False  # start from the counts of the plan, not from half of all tokens
 
     def __post_init__(self):
         check_name("score", self.by, SCORES)
@@ -68,8 +73,10 @@ class DiffRateSearch(nn.Module, Ranks):
     @nn.compact
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         patches = tokens.owner.shape[1]
-        zeros, shape = nn.initializers.zeros, candidates(patches, self.step).shape
-        logits = [self.param(name, zeros, shape) for name in ("prune", "merge")]
+        logits = [
+            self.param(name, lambda _, count=count: first_logits(patches, self.step, count))
+            for name, count in zip(("prune", "merge"), self.starts(patches, signals), strict=True)
+        ]
         if not signals.train:
             return self.evaluated(tokens, signals, keep)
 
@@ -131,6 +138,14 @@ class DiffRateSearch(nn.Module, Ranks):
         excess = self.cost(found, tokens, signals) - self.cost(signals.plan, tokens, signals)
         return tokens.report(loss=self.weight * jnp.square(excess))
 
+    def starts(self, patches: int, signals: Signals) -> tuple[int | None, int | None]:
+        """Counts to prune to and merge to at first; None where logits start at zero."""
+        if not self.from_plan:
+            return None, None
+        before = [patches, *(kept_count(e) for e in signals.plan[: signals.layer] if e is not None)]
+        entry = signals.plan[signals.layer]
+        return entry if isinstance(entry, tuple) else (before[-1], entry)
+
     def chosen(self, logits: jax.Array, place: jax.Array, patches: int):
         """The count of a distribution, and whether a token of each place survives.
 
@@ -162,6 +177,30 @@ class DiffRateSearch(nn.Module, Ranks):
 def candidates(patches: int, step: int) -> jax.Array:
     """Counts to choose from: patches, patches - step, ... above 0, float32."""
     return jnp.arange(patches, 0, -step, dtype=F32)
+
+
+def first_logits(patches: int, step: int, count: int | None) -> jax.Array:
+    """Logits, float32, of the flattest distribution over the candidates that expects a count.
+
+    Of all distributions with an expectation the one of highest entropy has logits that are linear
+    in the candidates. None is the flattest of all: zeros. A count beyond the candidates is brought
+    within half a token of the last one, since a softmax never reaches it.
+    """
+    counts = np.arange(patches, 0, -step, dtype=np.float64)
+    if count is None or len(counts) == 1:
+        return jnp.zeros(counts.shape, F32)
+    centered = counts - counts.mean()
+    goal = np.clip(count - 0.5, counts[-1] + 0.5, counts[0] - 0.5) - counts.mean()
+
+    def expected(slope):
+        share = np.exp(slope * centered - np.max(slope * centered))
+        return share @ centered / share.sum()
+
+    low, high = -20 / step, 20 / step
+    for _ in range(60):  # halves until float64 holds no more
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected(middle) < goal else (low, middle)
+    return jnp.asarray(low * centered, F32)
 
 
 def whole(counts: jax.Array, share: jax.Array) -> jax.Array:

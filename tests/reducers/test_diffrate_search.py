@@ -10,7 +10,7 @@ from evit_jax.errors import InputError
 from evit_jax.models import build_model, init_params
 from evit_jax.plan.flops import macs
 from evit_jax.reducers import create_reducer
-from evit_jax.reducers.diffrate_search import learned_counts
+from evit_jax.reducers.diffrate_search import first_logits, learned_counts
 from tests.contracts.test_reducers import BATCH, PATCHES, example
 from tests.support.by_hand import slopes
 
@@ -195,6 +195,28 @@ def test_logits_of_zero_are_half_of_the_tokens():
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     assert params["blocks_1"]["reduction"]["prune"].shape == (9,)
     assert learned_counts(params, model) == (None, (20, 20), None, None)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_from_plan_starts_with_the_plans_counts_and_at_its_cost(step):
+    reducer = dict(name="diffrate_search", from_plan=True, step=step)
+    tokens = (None, (30, 25), 20, (12, 7))
+    model = build_model("vit", reducer=reducer, tokens=tokens, **SIZES)
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    assert learned_counts(params, model) == (None, (30, 25), (25, 20), (12, 7))
+    images = jax.random.normal(jax.random.key(1), (2, 24, 24, 3))
+    _, out = jax.jit(functools.partial(model.apply, train=True))({"params": params}, images)
+    np.testing.assert_allclose(out["aux"]["loss"][0], [0, 0], atol=1e-12)
+
+
+def test_first_logits_are_linear_and_expect_the_count_and_come_close_beyond_the_candidates():
+    for count, expected in ((9, 8.5), (20, 19.5), (36, 35.5), (40, 35.5), (2, 4.5)):
+        logits = np.asarray(first_logits(36, 4, count), np.float64)
+        np.testing.assert_allclose(np.diff(logits, n=2), 0, atol=1e-5)
+        share = np.exp(logits - logits.max())
+        assert share @ np.arange(36, 0, -4) / share.sum() == pytest.approx(expected, abs=1e-4)
+    np.testing.assert_array_equal(first_logits(36, 4, None), np.zeros(9))
+    np.testing.assert_array_equal(first_logits(3, 4, 2), [0])
 
 
 def test_wrong_fields_are_refused():

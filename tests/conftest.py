@@ -2,7 +2,7 @@
 """One session for all tests: four virtual CPU devices, strict ranks, programs compiled once.
 
 A plain run leaves out the tests marked `slow`, --slow runs all. XLA is told to compile quickly;
-with --optimized programs are those that users get. `.ci/run` does all of it.
+with --optimized programs are those that users get. `.ci/run` does so for parity with PyTorch alone.
 """
 
 import os

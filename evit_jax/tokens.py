@@ -15,7 +15,8 @@ Letters: B images, P original patches, N tokens now (prefix included), n patch t
 
 The contract
   * The first `prefix` tokens (class, distillation, registers) come back untouched, first, in order.
-  * Exactly K + `extra` patch tokens come back. `keep` is never n: the plan says None instead.
+  * Exactly K + `extra` patch tokens come back. `keep` is never n: the plan says None instead. It is
+    more than n only for a method that `brings_back` what it removed.
   * `owner` says for every original patch which patch token now holds it, or -1.
   * Total `size` never grows; a method that merges conserves it.
   * `positions`, where there are any, stay with their tokens: a kept token's to the last bit, of
@@ -47,6 +48,8 @@ they are part of the compile key. It never looks at the model. How each family o
     model's `out["aux"]`; training adds what is reported as `loss` to the loss, and the cross
     entropy of what is reported as `logits`. What is for training alone is made where
     `signals.train`, or where parameters are drawn (`self.is_initializing()`).
+  * Removed tokens that return (Cropr's last layer fusion): `brings_back`. What is removed waits in
+    `aside`; before the last block `keep` is P, and `append` makes one of both.
   * Another place than between attention and MLP: `site`, see `Reducer`.
 """
 
@@ -77,6 +80,7 @@ class Tokens:
                needs to know (rotary positions, relative bias); those of prefix tokens mean nothing.
                Before anything is reduced (1, N, 2), alike in all images; a reducer gets B.
     aux        name -> what each reducing block reported under it, in order; see `report`.
+    aside      removed patch tokens that will return, without a prefix; None: none do.
     prefix     static: how many tokens at the front are never reduced.
     """
 
@@ -86,6 +90,7 @@ class Tokens:
     weight: jax.Array | None = None
     positions: jax.Array | None = None
     aux: dict[str, tuple[jax.Array, ...]] = struct.field(default_factory=dict)
+    aside: "Tokens | None" = None
     prefix: int = struct.field(pytree_node=False, default=1)
 
     @property
@@ -300,6 +305,11 @@ class Reducer:
         return False
 
     @property
+    def brings_back(self) -> bool:
+        """Whether what it removed returns before the last block, whose entry in a plan is P."""
+        return False
+
+    @property
     def extra(self) -> int:
         """Patch tokens appended on top of the K kept."""
         return 0
@@ -443,6 +453,33 @@ def drop(tokens: Tokens, kept: jax.Array, fused: jax.Array | None = None) -> Tok
         weight=of(tokens.weight),
         positions=of(tokens.positions),
     )
+
+
+def behind_prefix(tokens: Tokens) -> Tokens:
+    """The patch tokens alone, without what was reported."""
+
+    def of(array):
+        return None if array is None else array[:, tokens.prefix :]
+
+    arrays = {name: of(getattr(tokens, name)) for name in ("x", "size", "weight", "positions")}
+    return Tokens(**arrays, owner=tokens.owner, prefix=0)
+
+
+def append(tokens: Tokens, more: Tokens | None) -> Tokens:
+    """The tokens with the patch tokens of `more`, which has no prefix, behind them.
+
+    Both hold different patches, and both have weights and positions or neither has.
+    """
+    if more is None:
+        return tokens
+
+    def both(name):
+        one, other = getattr(tokens, name), getattr(more, name)
+        return None if one is None else jnp.concatenate([one, other], axis=1)
+
+    theirs = jnp.where(more.owner < 0, -1, more.owner + tokens.patches)
+    joined = {name: both(name) for name in ("x", "size", "weight", "positions")}
+    return tokens.replace(**joined, owner=jnp.where(tokens.owner < 0, theirs, tokens.owner))
 
 
 def take(array: jax.Array, index: jax.Array) -> jax.Array:

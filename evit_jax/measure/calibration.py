@@ -147,6 +147,7 @@ def calibrate(
     if count < FEWEST:
         raise InputError(f"calibration needs at least {FEWEST} images, got {len(images)}")
     model = model.clone(keep=(), reducer=create_reducer(reducer or model.reducer))
+    check_search(model.reducer)
     budget = macs if share is None else share * cost(model)
     search = Search(model, params, images[:count], batch_size, distortion)
     if learn:
@@ -169,6 +170,15 @@ def calibrate(
     progress(most, most)
     constant = next((tried for tried in search.tried if tried.name == "constant"), None)
     return Calibrated(search.model.clone(keep=best.keep), tuple(search.tried), best, constant)
+
+
+def check_search(reducer: Reducer) -> None:
+    """Raises InputError for a method whose counts cannot be moved from block to block."""
+    if reducer.brings_back:
+        raise InputError(
+            f"{reducer} brings all patches back before the last block, and plans are searched for "
+            "methods that keep fewer in every block; give it keep rates, counts or macs"
+        )
 
 
 def first_plans(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from evit_jax.errors import InputError
+from evit_jax.measure.calibration import check_search
 from evit_jax.measure.chips import Estimate, Target
 from evit_jax.measure.programs import without_program_cache
 from evit_jax.plan.counts import Keep
@@ -74,6 +75,7 @@ def fit_chip(
     """
     if type(batch_size) is not int or batch_size < 1:
         raise InputError(f"batch_size must be a whole number from 1 up, got {batch_size!r}")
+    check_search(model.reducer)
     keep = model.plan(macs=budget, layers=layers, multiple_of=multiple_of or 1)
     dense, plain = model.clone(keep=()), model.clone(keep=keep)
     counts = candidates(plain, multiple_of or TILE)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from evit_jax.errors import InputError
 from evit_jax.plan.counts import Entry, Keep
 from evit_jax.reducers._scores import best
-from evit_jax.tokens import F32, Reducer, Signals, Tokens, drop
+from evit_jax.tokens import F32, Reducer, Signals, Tokens, append, behind_prefix, drop
 
 
 class Cropr(nn.Module, Reducer):
@@ -29,16 +29,22 @@ class Cropr(nn.Module, Reducer):
     refused. It works before a block's attention, which is after the block before; by default before
     all blocks but the first.
 
-    The paper's last layer fusion, where all removed tokens return before the last block, is left
-    out: counts of a plan never rise, and all that reads plans (costs, calibration) builds on it.
+    `fusion` is the paper's last layer fusion: all removed tokens return before the last block as
+    they were, so every patch leaves the model as a token of its own, for segmentation and the like.
+    Nothing is removed before that block then. The paper has no stochastic depth in it.
     """
 
     site = "input"
 
     r: int = 0  # tokens removed per block
+    fusion: bool = False  # removed tokens return before the last block
+
+    @property
+    def brings_back(self) -> bool:
+        return self.fusion
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(range(1, depth))
+        return tuple(range(1, depth - self.fusion))
 
     def schedule(self, patches: int, prefix: int, layers: tuple[int, ...], depth: int) -> Keep:
         if self.r < 0:
@@ -54,17 +60,24 @@ class Cropr(nn.Module, Reducer):
 
     @nn.compact
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
+        if keep > tokens.patches:
+            return append(tokens, tokens.aside).replace(aside=None)
         width = tokens.x.shape[-1]
         init = nn.initializers.truncated_normal(width**-0.5)
         query = self.param("query", init, (width,))
         x = jax.lax.stop_gradient(tokens.x)
         scores = jnp.einsum("bnd,d->bn", x, query.astype(x.dtype), preferred_element_type=F32)
-        kept = best(jax.lax.stop_gradient(scores[:, tokens.prefix :]), tokens, keep)
+        count = tokens.patches if self.fusion else keep
+        order = best(jax.lax.stop_gradient(scores[:, tokens.prefix :]), tokens, count)
         if signals.num_classes and (signals.train or self.is_initializing()):
             share = nn.softmax(scores * width**-0.5)
             pooled = jnp.einsum("bn,bnd->bd", share, x.astype(F32))
             tokens = tokens.report(logits=self.classified(pooled, signals.num_classes))
-        return drop(tokens, kept)
+        after = drop(tokens, order[:, :keep])
+        if not self.fusion:
+            return after
+        removed = drop(behind_prefix(tokens), order[:, keep:])
+        return after.replace(aside=removed if after.aside is None else append(after.aside, removed))
 
     def classified(self, pooled: jax.Array, num_classes: int) -> jax.Array:
         """(B, D) float32 -> logits (B, num_classes) float32, for training alone."""

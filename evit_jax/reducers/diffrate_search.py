@@ -34,7 +34,9 @@ class DiffRateSearch(nn.Module, Ranks):
 
     In training all tokens stay. Sorted by importance, the token of place i is hidden where i is not
     below the count; the gradient is that of the probability that the count is above i
-    (straight-through). Tokens to be merged are added to their most similar kept token and hidden.
+    (straight-through). Tokens to be merged are added to their most similar kept token and hidden,
+    and in the gradient leave that token as far as they survive: else a merged token's would be that
+    of being there twice, which says that merging is better than it is, most of all in early blocks.
     What `diffrate` computes with these counts is so computed exactly. The loss is `weight` times
     the square of what an image costs too much or too little, in 10^9 multiply-accumulates as
     `plan.flops` counts them, against the plan that was given, which otherwise says which
@@ -100,14 +102,17 @@ class DiffRateSearch(nn.Module, Ranks):
         into = jnp.where(moves, jnp.argmax(similarity, axis=2).astype(jnp.int32), -1)
         fits = jnp.where(moves, jnp.max(similarity, axis=2), 0)
 
+        # 1, but what moves leaves its host as far as it survives.
+        share = jnp.where(moves, 1 + jax.lax.stop_gradient(merged) - merged, 1.0)
+
         def gained(values):  # (B, n) of what moves, added up where it goes
-            return total(values, into, tokens.patches)
+            return total(values * share, into, tokens.patches)
 
         def sums(*args, form):
             return pool(*args, tokens.patches, form)
 
         number = gained(moves.astype(F32))[..., None]
-        more = by_chip(sums, x, into, jnp.ones_like(fits), dtype=x.dtype)
+        more = by_chip(sums, x, into, share, dtype=x.dtype)
         x = jnp.where(number > 0, ((x + more) / (1 + number)).astype(x.dtype), x)
         weight = jnp.ones_like(tokens.size) if tokens.weight is None else tokens.weight
         front, weight = weight[:, :prefix], weight[:, prefix:]

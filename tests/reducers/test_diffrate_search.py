@@ -119,11 +119,12 @@ def test_a_tokens_gradient_is_that_of_the_probability_that_the_count_is_above_it
     reducer, params, tokens, signals = two_blocks()
     plan = ((9, 8), (7, 6))
     readout = np.random.default_rng(3).normal(size=(BATCH, PATCHES))
+    of_x = np.random.default_rng(4).normal(size=tokens.x[:, 1:].shape)
 
     def loss(params):
         given = signals[0].replace(plan=plan, depth=2)
         after = reducer.apply(params, tokens, given, plan[0])
-        return jnp.sum(after.weight[:, 1:] * readout)
+        return jnp.sum(after.weight[:, 1:] * readout) + jnp.sum(after.x[:, 1:] * of_x)
 
     grads = jax.grad(loss)(params[0])["params"]
     after = reducer.apply(params[0], tokens, signals[0].replace(plan=plan, depth=2), plan[0])
@@ -131,29 +132,42 @@ def test_a_tokens_gradient_is_that_of_the_probability_that_the_count_is_above_it
     assert merge_to < prune_to < PATCHES, "the example should do both"
     attention = np.asarray(signals[0].class_attention()[:, 1:])
     place = np.argsort(np.argsort(-attention, axis=1), axis=1)
-    # Before the mask a token weighs 1 and what the tokens merged into it add.
-    weight = np.ones((BATCH, PATCHES))
-    for image in range(BATCH):
+    merged = (place >= merge_to) & (place < prune_to)
+
+    def after_merging(image, left):
+        """Weights and x before the mask; what is merged is in its host but for the part `left`."""
         x = np.asarray(tokens.x[image, 1:], np.float64)
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
         kept = np.flatnonzero(place[image] < merge_to)
-        for i in np.flatnonzero((place[image] >= merge_to) & (place[image] < prune_to)):
-            cosines = x[kept] @ x[i]
-            weight[image, kept[cosines.argmax()]] += cosines.max()
-    weight = np.maximum(weight, 1)
-    counts = np.arange(PATCHES, 0, -1)
-    for name, elsewhere in (
-        ("prune", (place < merge_to) | (place >= prune_to)),
-        ("merge", place < prune_to),
-    ):
+        weight, sums, counts = np.ones(PATCHES), x.copy(), np.ones(PATCHES)
+        for i in np.flatnonzero(merged[image]):
+            cosines = unit[kept] @ unit[i]
+            host = kept[cosines.argmax()]
+            weight[host] += (1 - left[i]) * cosines.max()
+            sums[host] += (1 - left[i]) * x[i]
+            counts[host] += 1 - left[i]
+        return np.maximum(weight, 1), sums / counts[:, None]
 
-        def survival(logits, elsewhere=elsewhere):
-            share = np.exp(logits) / np.exp(logits).sum()
-            above = (counts > place[..., None]) @ share
-            return (readout * weight * above * elsewhere).sum()
+    now = place < merge_to
 
-        expected = slopes(survival, np.asarray(params[0]["params"][name]))
-        np.testing.assert_allclose(grads[name], expected, rtol=1e-3, atol=1e-4)
+    def probability(logits):
+        share = np.exp(logits) / np.exp(logits).sum()
+        return (np.arange(PATCHES, 0, -1) > place[..., None]) @ share
+
+    for name, elsewhere in (("prune", ~merged), ("merge", place < prune_to)):
+        own = np.asarray(params[0]["params"][name], np.float64)
+
+        def survival(logits, elsewhere=elsewhere, own=own):
+            """The loss with the mask that is, moved as this distribution moves from its own."""
+            change = (probability(logits) - probability(own)) * elsewhere
+            total = 0.0
+            for image in range(BATCH):
+                weight, x = after_merging(image, change[image] * merged[image])
+                mask = now[image] + change[image]
+                total += (readout[image] * weight * mask).sum() + (of_x[image] * x).sum()
+            return total
+
+        np.testing.assert_allclose(grads[name], slopes(survival, own), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

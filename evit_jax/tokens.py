@@ -438,8 +438,10 @@ def drop(tokens: Tokens, kept: jax.Array, fused: jax.Array | None = None) -> Tok
       fused: (B, n) float32, shares of the patch tokens in one more x, put last; what else such a
         token has is the caller's to append.
     """
-    prefix = jnp.broadcast_to(jnp.arange(tokens.prefix), (kept.shape[0], tokens.prefix))
-    index = jnp.concatenate([prefix, kept + tokens.prefix], axis=1)
+    index = kept + tokens.prefix
+    if tokens.prefix:  # ONNX cannot take an array without elements
+        prefix = jnp.broadcast_to(jnp.arange(tokens.prefix), (kept.shape[0], tokens.prefix))
+        index = jnp.concatenate([prefix, index], axis=1)
     if fused is not None:
         fused = jnp.pad(fused, ((0, 0), (tokens.prefix, 0)))
 

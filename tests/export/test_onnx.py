@@ -19,6 +19,7 @@ PLANS = {
     "ward": dict(keep_rate=0.7, layers=(0, 1)),
     "tome": dict(keep_rate=0.7, layers=(0, 1)),
     "diffrate": dict(tokens=(None, (10, 8), None)),
+    "cropr:fusion=True": dict(keep_rate=0.7),
 }
 
 

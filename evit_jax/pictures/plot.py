@@ -32,10 +32,12 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Points (x, y, what to write beside it), joined in order."""
+    """Points (x, y, what to write beside it), joined in order, perhaps with a bar each."""
 
     label: str
     points: list[tuple[float, float, str]]
+    bars: dict[tuple[float, float], tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """(x, y) -> from where to where on the y axis its values were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def plot(lines: list[Line], *, title: str, x_label: str, y_label: str) -> Image.Image:
     """The picture: title, axes, lines, and under them a legend that makes it higher than SIZE."""
     points = [point for line in lines for point in line.points]
-    x_axis, y_axis = axis_of([x for x, _, _ in points]), axis_of([y for _, y, _ in points])
+    heights = [y for _, y, _ in points] + [y for line in lines for y in sum(line.bars.values(), ())]
+    x_axis, y_axis = axis_of([x for x, _, _ in points]), axis_of(heights)
     names, rows = legend(lines)
     size = SIZE[0], SIZE[1] + rows * ROW + ROW // 2
     image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), PAPER)
@@ -98,6 +101,10 @@ def plot(lines: list[Line], *, title: str, x_label: str, y_label: str) -> Image.
         color = COLORS[number % len(COLORS)]
         spots = [place(x_axis, y_axis, x, y) for x, y, _ in line.points]
         draw.line([(x * SCALE, y * SCALE) for x, y in spots], color, 2 * SCALE, joint="curve")
+        for (x, _), ends in line.bars.items():
+            low, high = (place(x_axis, y_axis, x, end) for end in ends)
+            draw_bar(draw, low, high, color)
+            taken += between(low, high)
         for first, last in itertools.pairwise(spots):
             taken += between(first, last)
         boxes += [(x - MARKER, y - MARKER, x + MARKER, y + MARKER) for x, y in spots]
@@ -157,6 +164,19 @@ def draw_marker(draw: ImageDraw.ImageDraw, spot: tuple[float, float], number: in
     x, y = spot[0] * SCALE, spot[1] * SCALE
     for radius, color in ((MARKER + 2, PAPER), (MARKER, COLORS[number % len(COLORS)])):
         draw.regular_polygon((x, y, radius * SCALE), corners, fill=color)
+
+
+def draw_bar(
+    draw: ImageDraw.ImageDraw,
+    low: tuple[float, float],
+    high: tuple[float, float],
+    color: tuple[int, int, int],
+) -> None:
+    """An upright bar between two places, with a stroke across each end."""
+    x, reach = low[0] * SCALE, (MARKER - 1) * SCALE
+    draw.line((x, low[1] * SCALE, x, high[1] * SCALE), color, SCALE)
+    for _, y in (low, high):
+        draw.line((x - reach, y * SCALE, x + reach, y * SCALE), color, SCALE)
 
 
 def free_box(

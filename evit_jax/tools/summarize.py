@@ -8,7 +8,7 @@ test accuracies, their standard deviation, and the lowest and the highest. Besid
 the same weights without reduction, multiply-accumulates, and the speed that each run measured at
 its end; compare speeds only of runs that had the machine to themselves. Runs without a result are
 named and left out. The plot has a line for each method, accuracy against multiply-accumulates or
-against images per second.
+against images per second, with a bar from the lowest to the highest of several seeds.
 
 The last line of standard output is a JSON object: `rows`, each with `method`, `kept`, `seeds`,
 `top1`, `dense_top1`, `macs`, `images_per_second`, `speedup`, `others`; and `unfinished`.
@@ -55,8 +55,13 @@ def picture(rows: list[Row], cost: str):
     methods = dict.fromkeys(row.method for row in rows)
     lines = []
     for method in methods:
-        points = [(place(row), 100 * row.mean, row.kept) for row in rows if row.method == method]
-        lines.append(Line(method, sorted(points)))
+        points, bars = [], {}
+        for row in (row for row in rows if row.method == method):
+            spot = place(row), 100 * row.mean
+            points.append((*spot, row.kept))
+            if len(row.top1) > 1:
+                bars[spot] = 100 * min(row.top1), 100 * max(row.top1)
+        lines.append(Line(method, sorted(points), bars))
     return plot(lines, title="Test accuracy", x_label=label, y_label="top-1, %")
 
 

@@ -69,6 +69,25 @@ def test_points_and_lines_are_where_their_values_are():
     assert (np.abs(legend - COLORS[2]).max(axis=-1) < 12).sum() == 0
 
 
+def test_bars_reach_from_the_lowest_to_the_highest_value():
+    line = Line("evit", [(10.0, 50.0, "0.7"), (20.0, 60.0, "")], {(10.0, 50.0): (40.0, 55.0)})
+    pixels = np.asarray(plot([line], **LABELS)).astype(int)
+    x_axis, y_axis = axis_of([10, 20]), axis_of([40, 55, 50, 60])
+
+    def colored(y):
+        """How far pixels are from the paper where a bar at x = 10 would be."""
+        column, row = (round(c) for c in place(x_axis, y_axis, 10, y))
+        return 255 - pixels[row, column - 1 : column + 2].min()
+
+    assert colored(42) > 100
+    assert colored(54) > 100
+    assert colored(39) < 60
+    assert colored(56.5) < 60
+    column, row = (round(c) for c in place(x_axis, y_axis, 10, 40))
+    across = 255 - pixels[row - 1 : row + 2, column - 3 : column + 4].min(axis=(0, 2))
+    assert (across > 60).all(), "the stroke across its end"
+
+
 def test_a_label_goes_where_nothing_is():
     above_right = free_box((300, 200), 30, [], [])
     assert above_right == (306, 181, 336, 194)

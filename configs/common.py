@@ -117,7 +117,7 @@ def get_config() -> ConfigDict:
     config.distill.hard = True  # learn its decisions; False: its softened probabilities
     config.distill.alpha = 0.5  # share of its part in the loss
     config.distill.temperature = 1.0  # of soft distillation
-    config.distill.tokens = 0.0  # weight of the final tokens' squared difference; needs a model
+    config.distill.tokens = 0.0  # weight of the tokens' squared difference; needs a model
 
     # May change when a run is resumed: only rounding depends on it, and with a batch norm (LV-ViT)
     # what its statistics are taken over, by `parallel` and `accumulate`.

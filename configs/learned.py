@@ -21,10 +21,11 @@ multiply-accumulates of that plan as their budget.
                    learning rate that decays by layer, for which the rest trains at 4e-5 here.
   diffrate_search  3 epochs, the counts alone, from 0.01 to 0.001. Then
                    python -m evit_jax.tools.learned_plan --workdir=DIR --out=plan.json
-  sit              125 epochs at 2e-4; cross entropy + 2 KL to the dense DeiT, scaled by 1/3. The
-                   paper starts from LV-ViT and learns the teacher's tokens as well.
-  patchmerger      as sit, which is our choice: the paper trains from scratch.
-  stvit            as sit, which is our choice too: the paper trains from scratch as DeiT does.
+  sit              125 epochs at 2e-4; cross entropy + 2 KL to the dense DeiT + 2 times the squared
+                   difference of recovered tokens from its tokens, after every block that has fewer;
+                   scaled by 1/3. The paper starts from LV-ViT.
+  patchmerger      as sit, but for the tokens, which is our choice: the paper trains from scratch.
+  stvit            as patchmerger, our choice too: the paper trains from scratch as DeiT does.
 
 No run on ImageNet has been made with this file yet; docs/methods.md has small ones.
 """
@@ -66,6 +67,9 @@ def get_config(text: str = ""):
             config.epochs = 125.0
             config.optimizer.update(lr=2e-4, min_lr=1e-6)
             config.distill.update(alpha=2 / 3, **teacher)
+            if method == "sit":
+                config.model.reducer = "sit:recovery=True"
+                config.distill.tokens = 2 / 3
     if chosen["debug"]:
         shrink(config)
         with config.unlocked():

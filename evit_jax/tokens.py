@@ -48,6 +48,9 @@ they are part of the compile key. It never looks at the model. How each family o
     model's `out["aux"]`; training adds what is reported as `loss` to the loss, and the cross
     entropy of what is reported as `logits`. What is for training alone is made where
     `signals.train`, or where parameters are drawn (`self.is_initializing()`).
+  * Tokens that training makes whole again (SiT): `recovers`. After every block that leaves fewer
+    patch tokens than P, a network of the reducer's makes all P of them, with parameters of its own
+    under `blocks_I/recovery`, and `recovered` is reported. Nothing of it is left in evaluation.
   * Removed tokens that return (Cropr's last layer fusion): `brings_back`. What is removed waits in
     `aside`; before the last block `keep` is P, and `append` makes one of both.
   * Another place than between attention and MLP: `site`, see `Reducer`.
@@ -308,6 +311,19 @@ class Reducer:
     def brings_back(self) -> bool:
         """Whether what it removed returns before the last block, whose entry in a plan is P."""
         return False
+
+    @property
+    def recovers(self) -> bool:
+        """Whether training makes all P patches again after each block that leaves fewer of them.
+
+        They are learned from a teacher's after the same block, see `Distillation.token_loss`. It is
+        for methods whose counts never rise again, and not for the site "output".
+        """
+        return False
+
+    def reverse(self, patches: int) -> Any:
+        """The network that does it: a Linen module without a parent, (B, n, D) -> (B, P, D)."""
+        raise TypeError(f"{type(self).__name__} does not define how it recovers {patches} patches")
 
     @property
     def extra(self) -> int:

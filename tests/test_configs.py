@@ -5,6 +5,7 @@ import importlib
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import common
@@ -204,6 +205,10 @@ def test_methods_that_learn_have_equal_budgets_and_the_teacher_they_start_from(m
         config.weights = "deit.safetensors"
         assert config.distill.weights == "deit.safetensors"
         assert config.distill.teacher == config.model.name
+    if method == "sit":  # cross entropy, KL and token loss as 1 : 2 : 2
+        assert model.reducer.recovers
+        parts = (1 - config.distill.alpha, config.distill.alpha, config.distill.tokens)
+        np.testing.assert_allclose(parts, np.array([1, 2, 2]) / 3)
     assert (config.optimizer.backbone_lr < 1) == (
         method in ("dynamicvit", "cropr", "diffrate_search")
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from evit_jax.export.rewrite import rewritten
 from evit_jax.runtime.forms import EXACT, only_form
+from evit_jax.weights.names import of_reducer
 
 MOST = 127
 TINY = np.finfo(np.float32).tiny
@@ -55,7 +56,7 @@ def quantized(params: dict) -> dict:
 
     def each(path, array):
         names = [key.key for key in path]
-        linear = names[-1] == "kernel" and np.ndim(array) == 2 and "reduction" not in names
+        linear = names[-1] == "kernel" and np.ndim(array) == 2 and not of_reducer(names)
         return quantize(np.asarray(array)) if linear else array
 
     return jax.tree_util.tree_map_with_path(each, params)

@@ -58,8 +58,9 @@ class Backbone(nn.Module):
       stem_macs, head_macs     multiply-accumulates of one image before the first and after the last
                                block
     and of its parameters: `pos_embed` (1, placed_prefix + P, D), heads, named `head...`, and
-    blocks, named `blocks_0` and so on, with a `reduction` in each for a reducer's own. Leaves named
-    `mean` and `var` are running statistics, which training replaces and does not learn.
+    blocks, named `blocks_0` and so on, with a `reduction` in each for a reducer's own, and perhaps
+    a `recovery` (`Reducer.recovers`). Leaves named `mean` and `var` are running statistics, which
+    training replaces and does not learn.
     """
 
     image_size: tuple[int, int] = (224, 224)

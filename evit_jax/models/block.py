@@ -27,6 +27,15 @@ def reduce(
     return reducer(tokens, signals, keep)
 
 
+def recover(parent: nn.Module, reducer: Reducer, tokens: Tokens, signals: Signals) -> Tokens:
+    """The same tokens, at the end of a block; in training, what a reducer recovers is reported."""
+    patches, training = tokens.owner.shape[1], signals.train or parent.is_initializing()
+    if not (training and reducer.recovers and tokens.patches < patches):
+        return tokens
+    network = reducer.reverse(patches).clone(parent=parent, name="recovery")
+    return tokens.report(recovered=network(tokens.x[:, tokens.prefix :]))
+
+
 class Block(nn.Module):
     """A block that may reduce its tokens; the switches are those of `Backbone` and `models.eva`."""
 
@@ -124,7 +133,10 @@ class Block(nn.Module):
         y = self.normed("norm2", y).astype(self.dtype) if self.post_norm else y
         y = self.scaled(2, y)
         y = dropout(y, self.drop_path_rate, fold(rngs, 4), whole=True)
-        return tokens.replace(x=tokens.x + y), signals
+        tokens = tokens.replace(x=tokens.x + y)
+        if first is None:
+            tokens = recover(self, self.reducer, tokens, signals)
+        return tokens, signals
 
     def normed(self, name: str, x: jax.Array) -> jax.Array:
         """x (B, N, D) after the norm of this name, float32."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SiT: patches slim to K learned mixtures of them (Zong et al., "Self-slimmed ViT", ECCV 2022)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,23 @@ class SiT(nn.Module, Reducer):
     the block before; the paper ends stages with it. Its cost, n D (D + K) / 2 and K n D for the
     sums, is not in the counts of `plan.flops` but for the sums, which are pairs of tokens.
 
-    The paper also trains a network that makes all tokens of the slimmed ones again, to compare them
-    with a teacher's after every block. That is left out: a reducer sees no later block and no
-    teacher. The teacher's logits are learned with config.distill, as by any other method.
+    `recovery` is the paper's feature recalibration distillation: in training a `Reverse` network
+    after every block with fewer tokens makes all of them again, and config.distill.tokens is the
+    weight of their mean squared difference from the teacher's after the same block; 2 in the paper,
+    beside the cross entropy and 2 KL to the teacher's logits. Evaluation has nothing of it.
     """
 
     one_plan = True
     site = "input"
+
+    recovery: bool = False  # learn the tokens of a teacher, too
+
+    @property
+    def recovers(self) -> bool:
+        return self.recovery
+
+    def reverse(self, patches: int) -> nn.Module:
+        return Reverse(patches, parent=None)
 
     def matching_macs(self, n: int, keep: Entry, prefix: int, width: int, num_heads: int) -> int:
         return keep * n * width
@@ -40,6 +52,29 @@ class SiT(nn.Module, Reducer):
         there = tokens.size[:, tokens.prefix :, None] > 0
         scores = jnp.where(there, scale[None, None] * y.astype(F32), -jnp.inf)
         return mix(tokens, jax.nn.softmax(scores, axis=1))
+
+
+class Reverse(nn.Module):
+    """All P patch tokens of K slimmed ones, for training alone.
+
+    An MLP over tokens, K -> 4 P -> P, of each channel of norm(x), and then a residual MLP over
+    channels, D -> 4 D -> D: z + MLP(norm(z)).
+    """
+
+    patches: int  # P
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, K, D) -> (B, P, D) in the dtype of x."""
+        width, dtype = x.shape[-1], x.dtype
+        layer = functools.partial(nn.Dense, dtype=dtype, kernel_init=nn.initializers.normal(0.02))
+        norm = functools.partial(nn.LayerNorm, dtype=F32, epsilon=1e-6)
+        y = norm(name="norm1")(x).astype(dtype).swapaxes(1, 2)  # (B, D, K)
+        y = nn.gelu(layer(4 * self.patches, name="tokens1")(y), approximate=False)
+        z = layer(self.patches, name="tokens2")(y).swapaxes(1, 2)
+        y = norm(name="norm2")(z).astype(dtype)
+        y = nn.gelu(layer(4 * width, name="fc1")(y), approximate=False)
+        return z + layer(width, name="fc2")(y)
 
 
 REDUCER = SiT

@@ -4,6 +4,8 @@
 python -m evit_jax.tools.convert FILE.pth|FILE.safetensors|FILE.npz OUT.safetensors
 python -m evit_jax.tools.convert WORKDIR OUT.safetensors     the newest checkpoint of a training run
 
+Of a run, networks that recover tokens (sit:recovery=True) are left out: only training has them.
+
 The last line of standard output is a JSON object with the figures.
 """
 
@@ -18,7 +20,7 @@ from evit_jax.errors import InputError
 from evit_jax.storage import as_path, explained
 from evit_jax.training.trained import load_run
 from evit_jax.weights.files import read_tensors, write_safetensors
-from evit_jax.weights.names import tensors_from_params, with_timm_names
+from evit_jax.weights.names import of_recovery, tensors_from_params, with_timm_names
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
     if is_run:
         run = load_run(flags.source)
         tensors = tensors_from_params(run.params, run.model)
+        tensors = {name: array for name, array in tensors.items() if not of_recovery(name)}
     else:
         tensors = with_timm_names(read_tensors(flags.source))
     tensors = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}

@@ -66,17 +66,24 @@ class Distillation:
             learned = self.temperature**2 * divergence(logits / self.temperature, targets)
         return (1 - self.alpha) * base + self.alpha * learned
 
-    def token_loss(self, out: dict, targets: jax.Array) -> jax.Array:
-        """`tokens` times the mean squared difference of final tokens from the teacher's, (B,).
+    def token_loss(self, out: dict, targets: dict) -> jax.Array:
+        """`tokens` times the mean squared difference of tokens from the teacher's, (B,).
 
-        As in DynamicViT, of the patches that still have a token of their own in the end: neither
-        dropped, nor hidden in training, nor merged. An image without any has none to learn of.
+        Of a reducer that recovers patches (SiT), all of them after each block after which it does.
+        Of others the final ones, as in DynamicViT, and those that still have a token of their own
+        in the end: neither dropped, nor hidden in training, nor merged. An image without any has
+        none to learn of.
 
         Args:
           out: of the student, see `models.vit.ViT`.
-          targets: (B, P, D), the teacher's `out["dense"]`.
+          targets: of the teacher, see `teacher_tokens`.
         """
-        difference = jnp.mean(jnp.square(out["dense"].astype(jnp.float32) - targets), axis=-1)
+        recovered = out["aux"].get("recovered", ())
+        if recovered:  # after the last so many blocks, since there are never more tokens again
+            pairs = zip(recovered, targets["blocks"][-len(recovered) :], strict=True)
+            parts = [jnp.mean(squares(ours, theirs), axis=1) for ours, theirs in pairs]
+            return self.tokens * sum(parts) / len(parts)
+        difference = squares(out["dense"], targets["dense"])
         if not out["owner"]:
             return self.tokens * jnp.mean(difference, axis=1)
         owner = out["owner"][-1]
@@ -84,6 +91,23 @@ class Distillation:
         alone = ((owner >= 0) & (together == 1)).astype(jnp.float32)
         count = jnp.maximum(jnp.sum(alone, axis=1), 1)
         return self.tokens * jnp.sum(alone * difference, axis=1) / count
+
+
+def squares(x: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean squared difference of each token (B, P, D) from its target -> (B, P) float32."""
+    difference = x.astype(jnp.float32) - targets.astype(jnp.float32)
+    return jnp.mean(jnp.square(difference), axis=-1)
+
+
+def teacher_tokens(out: dict) -> dict:
+    """What of a dense teacher's tokens may be learned, without a gradient.
+
+    Returns:
+      dense (B, P, D), the final ones, and blocks, one (B, P, D) per block: the patches after it.
+    """
+    patches = out["dense"].shape[1]
+    blocks = tuple(x[:, -patches:] for x in out["blocks"])
+    return jax.lax.stop_gradient(dict(dense=out["dense"], blocks=blocks))
 
 
 def reported(aux: dict, targets: jax.Array, learn: Callable = cross_entropy) -> jax.Array | float:

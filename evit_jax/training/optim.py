@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from evit_jax.errors import InputError, check_name
+from evit_jax.weights.names import of_reducer
 
 
 def learning_rate(
@@ -60,7 +61,7 @@ def backbone(params: dict) -> dict:
       InputError: there are no others, so that what is for the backbone is for the whole model.
     """
     marked = jax.tree_util.tree_map_with_path(
-        lambda path, _: all(key.key != "reduction" for key in path), params
+        lambda path, _: not of_reducer([key.key for key in path]), params
     )
     if all(jax.tree.leaves(marked)):
         raise InputError(

@@ -201,11 +201,12 @@ def gradients(
             logits = out["logits_cls"]
         targets["teacher"] = recipe.distillation.targets(logits)
         if recipe.distillation.tokens:
-            targets["tokens"] = jax.lax.stop_gradient(out["dense"])
+            targets["tokens"] = losses.teacher_tokens(out)
         if given:  # the teacher saw whole images
             targets["teacher"] = blend(targets["teacher"], own(given["swap"]))
             if "tokens" in targets:
-                targets["tokens"] = blend(targets["tokens"], ~given["swap"][..., None])
+                mine = ~given["swap"][..., None]
+                targets["tokens"] = jax.tree.map(lambda t: blend(t, mine), targets["tokens"])
 
     first, total = None, None
     for model in models:

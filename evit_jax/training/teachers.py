@@ -11,6 +11,7 @@ import numpy as np
 from evit_jax.errors import InputError
 from evit_jax.models import build_model, load_params, preprocessing
 from evit_jax.models.card import Preprocessing
+from evit_jax.reducers import as_spec, written
 from evit_jax.training.losses import Distillation
 
 
@@ -68,6 +69,11 @@ def open_teacher(
             "distill.tokens compares tokens with a teacher's, so it needs a teacher that is a "
             f"model: --config.distill.teacher=self or a name, got {teacher!r}"
         )
+    if model.reducer.recovers and not tokens:
+        raise InputError(
+            f"{written(as_spec(model.reducer))} recovers tokens to learn a teacher's, and nothing "
+            "compares them: set --config.distill.tokens with a teacher, or leave recovery out"
+        )
     if not teacher:
         return Teacher()
     if not 0 <= alpha <= 1 or not 0 < temperature < math.inf:
@@ -105,6 +111,13 @@ def open_teacher(
         raise InputError(
             f"distill.tokens needs a teacher with the student's width and grid, {ours}, and "
             f"{teacher} has {theirs}; set it to 0, or choose a teacher like the student"
+        )
+    if tokens and model.reducer.recovers and model.depth != named.depth:
+        raise InputError(
+            f"distill.tokens compares what {written(as_spec(model.reducer))} recovers after each "
+            f"block with the teacher's tokens after the same one, so {teacher} must have "
+            f"{model.depth} blocks like the student, and has {named.depth}; set it to 0 and leave "
+            "recovery out, or choose a teacher like the student"
         )
     params = jax.device_get(load_params(weights, named, key=jax.random.key(0)))
     return Teacher(distillation, named, card, {"teacher": params})

@@ -20,7 +20,13 @@ from evit_jax.plan.files import read_plan
 from evit_jax.reducers import written
 from evit_jax.spec import numbers, parse_fields, parse_size
 from evit_jax.storage import as_path, explained
-from evit_jax.weights.names import leaves, params_from_tensors, tensors_from_params, timm_name
+from evit_jax.weights.names import (
+    leaves,
+    of_reducer,
+    params_from_tensors,
+    tensors_from_params,
+    timm_name,
+)
 
 # Settings of `build_model` that are no sizes: tools have flags for them.
 FLAGGED = {"name", "keep", "reducer", "dtype", "plan", *PLAN_FIELDS}
@@ -187,7 +193,7 @@ class ModelSpec:
         tensors = {
             name: array
             for name, array in tensors.items()
-            if "reduction" not in name or name in known
+            if name in known or not of_reducer(name.split("."))
         }
         return params_from_tensors(tensors, model, fresh)
 

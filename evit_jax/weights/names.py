@@ -8,7 +8,7 @@ Everything else is first brought to timm's names: the files of a model's authors
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ SPLIT = re.compile(
 )
 
 PATCHES = "patch_embed", "kernel"  # of ViT's, which is a dense layer of whole patches
+RECOVERY = "recovery"  # in blocks, see `Reducer.recovers`
 FREQUENCIES = "rope.freqs"  # of learned rotary positions, in timm those of all blocks
 
 
@@ -60,6 +61,16 @@ def from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
         return array.T
     array = array.transpose(2, 3, 1, 0)
     return array.reshape(-1, array.shape[-1]) if path == PATCHES else array
+
+
+def of_reducer(path: Iterable[str]) -> bool:
+    """Whether a leaf with this path, or the parts of its timm name, is a reducer's own."""
+    return not {"reduction", RECOVERY}.isdisjoint(path)
+
+
+def of_recovery(name: str) -> bool:
+    """Whether a timm name is of a network that recovers patches, which training alone has."""
+    return RECOVERY in name.split(".")
 
 
 def leaves(params: Mapping) -> dict[tuple[str, ...], jax.Array]:
@@ -115,8 +126,9 @@ def adapted(tensors: Tensors, names: Collection[str]) -> Tensors:
     """What a file has of the parameters with these names, where it has them in another form.
 
     Heads and pooling that a model does without are left out, as in timm: with num_classes=0 it has
-    no head.
+    no head. So is what was there for training alone.
     """
+    tensors = {name: a for name, a in tensors.items() if name in names or not of_recovery(name)}
     known = {alias: name for name in names for alias in (name, layer_scale_alias(name))}
     tensors = {known.get(name, name): array for name, array in tensors.items()}
     parts = ["head.", "head_dist.", "attn_pool."]
@@ -188,12 +200,15 @@ def params_from_tensors(
     fresh = leaves(like)
     names = {timm_name(path): path for path in fresh}
     tensors = adapted(with_timm_names(tensors), names.keys())
-    # A file may well have no head, and one of another method has no parameters of this reducer.
+    # A file may well have no head, and one of another method has no parameters of this reducer, nor
+    # need one of the same method have what there is for training alone.
     trained = any("reduction" in names[name] for name in tensors if name in names)
     own = {
         name: to_torch(path, np.asarray(fresh[path]), model)
         for name, path in names.items()
-        if (new_head and path[0].startswith("head")) or ("reduction" in path and not trained)
+        if (new_head and path[0].startswith("head"))
+        or ("reduction" in path and not trained)
+        or of_recovery(name)
     }
     tensors = own | tensors
     problems = [f"{name} is missing" for name in names if name not in tensors]

@@ -23,7 +23,10 @@ from tests.scripts import learned_methods
 from tests.training.test_steps import CARD, make_batch, make_recipe
 
 SIZES = dict(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, num_classes=3)
-SPECS = ["dynamicvit", "diffrate_search", "cropr", "sit", "patchmerger", "stvit", "ats"]
+RECOVERS = "sit:recovery=True"
+SPECS = [
+    "dynamicvit", "diffrate_search", "cropr", "sit", RECOVERS, "patchmerger", "stvit", "ats",
+]  # fmt: skip
 
 
 def some_of_them(*quick):
@@ -143,6 +146,46 @@ def test_the_loss_has_what_heads_reported_and_what_tokens_lack():
     np.testing.assert_allclose(figures["loss"], expected.mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mix", [Mix(), Mix(token=1.0)], ids=["plain", "MixToken"])
+def test_the_loss_has_what_recovered_tokens_lack(mix):
+    model = build(RECOVERS, depth=3, layers=(1, 2))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    batch, key = make_batch(), jax.random.key(5)
+    index = jnp.arange(len(batch["label"]))
+    recipe = taught(model, optax.sgd(1.0), mix=mix)
+
+    @jax.jit
+    def step(params):
+        return steps.gradients(params, {}, batch, index, key, models=(model,), recipe=recipe)
+
+    grads, loss, *_ = step(params)
+    mix_key, _ = jax.random.split(key)
+    images, targets, given = steps.prepare(batch, index, mix_key, model=model, recipe=recipe)
+    train = jax.jit(functools.partial(model.apply, train=True))
+    logits, out = train({"params": params}, images, **given)
+    dense, teacher = jax.jit(model.clone(keep=()).apply)({"params": params}, images)
+    share, swap = 1.0, np.zeros((16, 1), bool)
+    if given:
+        swap = np.asarray(given["swap"][0])[:, None]
+        assert 0 < swap.sum() < 16
+        share = 1 - swap.mean()
+    partners = np.arange(len(images)) ^ 1
+    probabilities = np.asarray(jax.nn.softmax(dense))
+    probabilities = share * probabilities + (1 - share) * probabilities[partners]
+    expected = 0.7 * losses.cross_entropy(logits, targets["label"])
+    expected += 0.3 * losses.divergence(logits, probabilities)
+    recovered = np.asarray(out["aux"]["recovered"], np.float64)
+    assert recovered.shape == (2, len(images), 16, 16)
+    for ours, theirs in zip(recovered, teacher["blocks"][1:], strict=True):
+        theirs = np.asarray(theirs[:, 1:], np.float64)  # without the class token
+        theirs = np.where(swap, theirs[partners], theirs)
+        expected += 0.5 / 2 * ((ours - theirs) ** 2).mean(axis=(1, 2))
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
+    assert "recovery" not in grads["blocks_0"]
+    for name in ("blocks_1", "blocks_2"):
+        assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[name]["recovery"]))
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_rates_that_change_are_for_methods_that_serve_several(spec):
     model = build(spec)
@@ -165,6 +208,20 @@ def test_a_teacher_of_tokens_is_a_model_like_the_student():
     student = build("dynamicvit", image_size=32, patch_size=16)
     with pytest.raises(InputError, match="needs a teacher with the student's width and grid"):
         open_teacher(student, teacher="deit_tiny_patch16_224", **settings | dict(weights="none"))
+
+
+def test_recovered_tokens_need_a_teacher_with_the_students_blocks():
+    settings = dict(weights="", hard=False, alpha=0.3, temperature=1.0, tokens=0.5)
+    student = build(RECOVERS)
+    assert open_teacher(student, teacher="self", **settings).model.depth == 2
+    like = dict(image_size=224, patch_size=16, width=192, num_heads=3)
+    student = build(RECOVERS, **like)
+    assert student.depth == 2
+    with pytest.raises(InputError, match="must have 2 blocks like the student, and has 12; set it"):
+        open_teacher(student, teacher="deit_tiny_patch16_224", **settings | dict(weights="none"))
+    for teacher in ("", "self"):  # would be trained for nothing
+        with pytest.raises(InputError, match="sit:recovery=True recovers tokens to learn"):
+            open_teacher(student, teacher=teacher, **settings | dict(tokens=0.0))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from evit_jax.training.losses import (
     divergence,
     reported,
     smooth_labels,
+    teacher_tokens,
 )
 
 
@@ -79,12 +80,34 @@ def test_the_token_loss_is_of_patches_with_a_token_of_their_own():
     dense, targets = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
     owner = jnp.asarray([[0, -1, 2, 2, 1], [-1] * 5, [0, 1, 2, 3, 4]])
     alone = [[0, 4], [], [0, 1, 2, 3, 4]]
-    loss = Distillation(tokens=0.5).token_loss(dict(dense=dense, owner=(owner,)), targets)
+    loss = Distillation(tokens=0.5).token_loss(
+        dict(dense=dense, owner=(owner,), aux={}), dict(dense=targets)
+    )
     square = (dense - targets).astype(np.float64) ** 2
     expected = [0.5 * square[i, which].mean() if which else 0 for i, which in enumerate(alone)]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    whole = Distillation(tokens=1.0).token_loss(dict(dense=dense, owner=()), targets)
+    nothing_reduced = dict(dense=dense, owner=(), aux={})
+    whole = Distillation(tokens=1.0).token_loss(nothing_reduced, dict(dense=targets))
     np.testing.assert_allclose(whole, square.mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_recovered_tokens_learn_the_teachers_after_the_last_blocks():
+    rng = np.random.default_rng(0)
+    blocks = rng.normal(size=(4, 2, 1 + 5, 3)).astype(np.float32)  # 4 blocks, class token first
+    teacher = dict(dense=jnp.zeros((2, 5, 3)), blocks=tuple(jnp.asarray(blocks)))
+    recovered = rng.normal(size=(2, 2, 5, 3)).astype(np.float32)  # after the last two
+
+    def loss(recovered, teacher):
+        out = dict(aux=dict(recovered=tuple(recovered)))
+        return Distillation(tokens=0.5).token_loss(out, teacher_tokens(teacher))
+
+    differences = [recovered[0] - blocks[2][:, 1:], recovered[1] - blocks[3][:, 1:]]
+    differences = np.asarray(differences, np.float64)
+    expected = 0.5 * (differences**2).mean(axis=(0, 2, 3))
+    np.testing.assert_allclose(loss(recovered, teacher), expected, rtol=1e-5)
+    grads = jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1))(recovered, teacher)
+    np.testing.assert_allclose(grads[0], 0.5 * 2 * differences / (2 * 5 * 3), rtol=1e-5)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads[1]))
 
 
 def test_reported_losses_and_logits_are_added():

@@ -112,7 +112,11 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
 
 START = jnp.asarray([0.01])
 PARAMS = dict(
-    blocks_0=dict(mlp=dict(kernel=START), reduction=dict(out=dict(kernel=START))),
+    blocks_0=dict(
+        mlp=dict(kernel=START),
+        reduction=dict(out=dict(kernel=START)),
+        recovery=dict(fc1=dict(kernel=START)),
+    ),
     head=dict(bias=START),
 )
 
@@ -133,8 +137,9 @@ def test_the_backbone_moves_by_a_share_and_waits_for_its_start():
     plain, slow = steps_taken(1)[-1], steps_taken(3, backbone_lr=0.01, backbone_start=2)
     for before in slow[:2]:
         assert before["head"]["bias"] == before["blocks_0"]["mlp"]["kernel"] == START
-    reduction = jax.tree.leaves(slow[0]["blocks_0"]["reduction"])
-    np.testing.assert_array_equal(reduction, jax.tree.leaves(plain["blocks_0"]["reduction"]))
+    for name in ("reduction", "recovery"):
+        own = jax.tree.leaves(slow[0]["blocks_0"][name])
+        np.testing.assert_array_equal(own, jax.tree.leaves(plain["blocks_0"][name]))
     fast = steps_taken(3)
     for of in (lambda p: p["head"]["bias"], lambda p: p["blocks_0"]["mlp"]["kernel"]):
         moved, whole = of(slow[2]) - of(slow[1]), of(fast[2]) - of(fast[1])

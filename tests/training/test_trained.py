@@ -35,6 +35,21 @@ def test_a_run_is_its_model_and_its_newest_weights_averaged_if_they_are(ema, tmp
     assert run.config["data"]["name"] == "digits"
 
 
+def test_a_run_that_recovered_tokens_gives_its_weights_to_the_method_without(tmp_path):
+    model = dict(reducer="sit:recovery=True", keep_rate=0.7, depth=2, layers=(0,))
+    expected = make_run(tmp_path, model=model)
+    assert "recovery" in expected["blocks_1"]
+    own = spec(f"--workdir={tmp_path}")
+    jax.tree.map(np.testing.assert_array_equal, own.load_params(own.build()), expected)
+    settings = json.loads((tmp_path / "config.json").read_text())["model"]
+    plain = build_model(**settings | dict(reducer="sit"))
+    without = {
+        name: {k: v for k, v in tree.items() if k != "recovery"} if "blocks" in name else tree
+        for name, tree in expected.items()
+    }
+    jax.tree.map(np.testing.assert_array_equal, own.load_params(plain), without)
+
+
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_says_so(tmp_path):
     for folder, text in (
         (tmp_path, "is no training run: it has no config.json"),

@@ -237,7 +237,17 @@ class Backbone(nn.Module):
                 f"{self.reducer} has a schedule of its own; leave out either that or the rates, "
                 "counts or budget (--config=FILE.py:keep_rate=None unsets a configuration's)"
             )
-        planned = functools.partial(self.planned, layers=layers, multiple_of=multiple_of)
+        planned = functools.partial(
+            token_plan,
+            self.patches,
+            self.depth,
+            layers=layers,
+            multiple_of=multiple_of,
+            prefix=self.prefix,
+            extra=self.reducer.extra,
+            smallest=lambda n: self.reducer.smallest(n, self.prefix),
+            returns=self.reducer.brings_back,
+        )
         if macs is not None:
             if self.reducer.ramped:
                 keep = self.ramp(macs, layers=at, multiple_of=multiple_of)
@@ -257,36 +267,6 @@ class Backbone(nn.Module):
             )
         self.check_class_token(keep)
         return keep
-
-    def planned(self, *, tokens: int | Sequence[Entry] | None = None, **settings) -> Keep:
-        """`plan.counts.token_plan` with what this model and its reducer say.
-
-        The last block of a plan whose reducer brings patches back has them all again.
-
-        Raises:
-          InputError: the last block is to reduce, and patches return there.
-        """
-        returns = self.reducer.brings_back
-        if returns and isinstance(tokens, (tuple, list)) and len(tokens) == self.depth:
-            # A plan that was made before, such as a file's.
-            tokens = (*tokens[:-1], None if tokens[-1] == self.patches else tokens[-1])
-        keep = token_plan(
-            self.patches,
-            self.depth,
-            tokens=tokens,
-            prefix=self.prefix,
-            extra=self.reducer.extra,
-            smallest=lambda n: self.reducer.smallest(n, self.prefix),
-            **settings,
-        )
-        if not returns or not any(keep):
-            return keep
-        if keep[-1] is not None:
-            raise InputError(
-                f"{self.reducer} brings all patches back before the last block, {self.depth - 1}, "
-                "which so cannot reduce; leave it out of the layers"
-            )
-        return (*keep[:-1], self.patches)
 
     def ramp(
         self,

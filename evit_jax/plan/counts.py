@@ -9,7 +9,8 @@ appends, such as EViT's fused token, comes on top and is counted by the next blo
 token.
 
 Nothing here knows of JAX, models or methods: a reducer is two numbers, `extra` (tokens it appends)
-and `smallest` (the fewest it can keep of n).
+and `smallest` (the fewest it can keep of n), and whether all patches return before the last block,
+whose entry is then their number.
 """
 
 import math
@@ -139,6 +140,7 @@ def token_plan(
     prefix: int = 1,
     extra: int = 0,
     smallest: Callable[[int], int] = lambda n: 1,
+    returns: bool = False,
     remaining: float = 0.0,
 ) -> Keep:
     """What each block keeps: None, or K patch tokens out of the n present there.
@@ -157,6 +159,7 @@ def token_plan(
       prefix: tokens in front of the patches, which count for `multiple_of`.
       extra: tokens the reducer appends where it reduces.
       smallest: n -> the fewest patch tokens the reducer can keep of n.
+      returns: whether what the reducer removed is back in the last block.
       remaining: how much of the way from keeping everything to the above remains, in [0, 1]: 1 is
         dense, 0 the target; the warm-up of the keep rate goes from 1 to 0.
 
@@ -170,6 +173,8 @@ def token_plan(
                 "--config=FILE.py:keep_rate=None unsets a configuration's"
             )
         wanted = block_tokens(depth, tokens, layers)
+        if returns and wanted[-1] == patches:  # of a plan that was made here before
+            wanted = (*wanted[:-1], None)
         rates = (1.0,) * depth
     else:
         wanted = (None,) * depth
@@ -191,7 +196,15 @@ def token_plan(
         keep.append(count if last < n else None)
         n = last + extra if last < n else n
     fixed = dict(prefix=prefix, extra=extra, smallest=smallest)
-    return round_up(tuple(keep), patches, multiple_of=multiple_of, **fixed)
+    keep = round_up(tuple(keep), patches, multiple_of=multiple_of, **fixed)
+    if not returns or not any(keep):
+        return keep
+    if keep[-1] is not None:
+        raise InputError(
+            f"all patches return before the last block, {depth - 1}, which so cannot reduce; leave "
+            "it out of the layers"
+        )
+    return (*keep[:-1], patches)
 
 
 def round_up(

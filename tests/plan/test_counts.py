@@ -161,3 +161,16 @@ def test_a_budget_finds_the_costliest_plan_within_it_and_misses_none(settings):
 def test_a_budget_is_a_number_above_zero(wrong):
     with pytest.raises(InputError, match=r"per image, such as 3\.0e9, got"):
         rate_within(wrong, lambda rate: 1)
+
+
+def test_where_patches_return_the_last_block_has_them_all_again():
+    keep = token_plan(16, 5, keep_rate=0.5, layers=(1, 2), returns=True)
+    assert keep == (None, 8, 4, None, 16)
+    assert token_plan(16, 5, tokens=keep, returns=True) == keep
+    assert token_counts(keep, 16) == (17, 9, 5, 5, 17)
+    assert token_plan(16, 5, keep_rate=1.0, returns=True) == (None,) * 5
+    assert token_plan(16, 5, keep_rate=0.5, layers=(1,), multiple_of=4, returns=True)[-1] == 16
+    with pytest.raises(InputError, match="return before the last block, 4, which so cannot reduce"):
+        token_plan(16, 5, keep_rate=0.5, layers=(4,), returns=True)
+    with pytest.raises(InputError, match="block 4 has 4 patch tokens"):
+        token_plan(16, 5, tokens=keep)

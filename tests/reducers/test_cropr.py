@@ -180,7 +180,7 @@ def test_with_fusion_everything_that_was_removed_is_learned_from(name):
 
 
 def test_with_fusion_the_last_block_cannot_reduce_and_plans_are_not_searched_for():
-    with pytest.raises(InputError, match="brings all patches back before the last block, 4"):
+    with pytest.raises(InputError, match="all patches return before the last block, 4"):
         fused(layers=(1, 4), keep_rate=0.5)
     model, params = fused(keep_rate=0.5)
     with pytest.raises(InputError, match="plans are searched for methods that keep fewer"):

@@ -75,9 +75,10 @@ class DiffRateSearch(nn.Module, Ranks):
     @nn.compact
     def __call__(self, tokens: Tokens, signals: Signals, keep: Entry) -> Tokens:
         patches = tokens.owner.shape[1]
+        starts = dict(zip(("prune", "merge"), self.starts(patches, signals, keep), strict=True))
         logits = [
             self.param(name, lambda _, count=count: first_logits(patches, self.step, count))
-            for name, count in zip(("prune", "merge"), self.starts(patches, signals), strict=True)
+            for name, count in starts.items()
         ]
         if not signals.train:
             return self.evaluated(tokens, signals, keep)
@@ -143,13 +144,12 @@ class DiffRateSearch(nn.Module, Ranks):
         excess = self.cost(found, tokens, signals) - self.cost(signals.plan, tokens, signals)
         return tokens.report(loss=self.weight * jnp.square(excess))
 
-    def starts(self, patches: int, signals: Signals) -> tuple[int | None, int | None]:
+    def starts(self, patches: int, signals: Signals, keep: Entry) -> tuple[int | None, int | None]:
         """Counts to prune to and merge to at first; None where logits start at zero."""
         if not self.from_plan:
             return None, None
         before = [patches, *(kept_count(e) for e in signals.plan[: signals.layer] if e is not None)]
-        entry = signals.plan[signals.layer]
-        return entry if isinstance(entry, tuple) else (before[-1], entry)
+        return keep if isinstance(keep, tuple) else (before[-1], keep)
 
     def chosen(self, logits: jax.Array, place: jax.Array, patches: int):
         """The count of a distribution, and whether a token of each place survives.

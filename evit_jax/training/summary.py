@@ -19,7 +19,7 @@ RATES = ("keep_rate", "keep_rates", "tokens", "macs", "plan")  # of config.model
 class Row(NamedTuple):
     """Runs with one recipe and different seeds."""
 
-    method: str  # the reducer; "dense" where nothing is reduced
+    method: str  # the reducer, and the rates of a sandwich; "dense" where nothing is reduced
     kept: str  # the keep rate or budget as the configuration says it; "" where the method decides
     seeds: tuple[int, ...]
     top1: tuple[float, ...]  # test accuracy of each run, 0 to 1
@@ -100,7 +100,7 @@ def named_by(recipe: dict, group: dict) -> tuple[str, str]:
     """(method, what it keeps) of a flat configuration."""
     figures = next(iter(group.values()))
     if recipe.get("sandwich"):
-        return str(recipe["model.reducer"]), f"one of {recipe['sandwich']}"
+        return f"{recipe['model.reducer']} one of {recipe['sandwich']}", ""
     if figures["macs"] == figures["dense_macs"]:
         return "dense", ""
     given = {name: recipe.get(f"model.{name}") for name in RATES}

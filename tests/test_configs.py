@@ -190,6 +190,12 @@ def test_the_recipe_is_deit3s_in_each_of_its_stages():
         load("deit3", "stage=pretrained")
 
 
+def test_cifar10_has_a_small_setting_for_processors():
+    config = load("cifar10", "cpu,keep_rate=1")
+    assert macs(build_model(**config.model)) == 22_611_328  # as docs/results.md has it
+    assert (config.epochs, config.batch_size, config.data.cache) == (3.0, 64, True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_that_learn_have_equal_budgets_and_the_teacher_they_start_from(method):
     config = load("learned", f"method={method}")

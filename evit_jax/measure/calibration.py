@@ -22,7 +22,7 @@ from evit_jax.errors import InputError
 from evit_jax.measure.blockwise import Blockwise
 from evit_jax.plan.counts import Keep, kept_count, rate_within, round_up
 from evit_jax.plan.flops import macs as count_macs
-from evit_jax.reducers import create_reducer
+from evit_jax.reducers import as_spec, create_reducer, written
 from evit_jax.storage import write_whole
 from evit_jax.tokens import Reducer
 
@@ -176,8 +176,9 @@ def check_search(reducer: Reducer) -> None:
     """Raises InputError for a method whose counts cannot be moved from block to block."""
     if reducer.brings_back:
         raise InputError(
-            f"{reducer} brings all patches back before the last block, and plans are searched for "
-            "methods that keep fewer in every block; give it keep rates, counts or macs"
+            f"{written(as_spec(reducer))} brings all patches back before the last block, and plans "
+            "are searched for methods that keep fewer in every block; give it keep rates, counts "
+            "or macs"
         )
 
 

@@ -36,8 +36,8 @@ class Line:
 
     label: str
     points: list[tuple[float, float, str]]
+    # (x, y) -> from where to where on the y axis its values were
     bars: dict[tuple[float, float], tuple[float, float]] = dataclasses.field(default_factory=dict)
-    """(x, y) -> from where to where on the y axis its values were."""
 
 
 @dataclasses.dataclass(frozen=True)

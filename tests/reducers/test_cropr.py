@@ -9,6 +9,7 @@ import pytest
 
 from evit_jax.errors import InputError
 from evit_jax.measure.calibration import calibrate
+from evit_jax.measure.chip_plan import fit_chip
 from evit_jax.models import build_model, init_params
 from evit_jax.models.block import Block
 from evit_jax.plan.flops import macs
@@ -183,8 +184,11 @@ def test_with_fusion_the_last_block_cannot_reduce_and_plans_are_not_searched_for
     with pytest.raises(InputError, match="all patches return before the last block, 4"):
         fused(layers=(1, 4), keep_rate=0.5)
     model, params = fused(keep_rate=0.5)
-    with pytest.raises(InputError, match="plans are searched for methods that keep fewer"):
+    refused = r"cropr:\S*fusion=True\S* brings .* plans are searched for methods that keep fewer"
+    with pytest.raises(InputError, match=refused):
         calibrate(model, params, np.zeros((32, 16, 16, 3), np.float32), share=0.5)
+    with pytest.raises(InputError, match=refused):
+        fit_chip(model, None, budget=1e6, batch_size=8)
 
 
 def test_a_model_has_its_heads_parameters_and_no_head_where_there_are_no_classes():

@@ -68,6 +68,15 @@ def test_rows_say_what_differs_where_method_and_rate_do_not(call, tmp_path):
     assert others == expected
 
 
+def test_a_checkpoint_for_several_rates_is_a_method_of_its_own(call, tmp_path):
+    runs = run_of(tmp_path / "one", 0.9), run_of(tmp_path / "several", 0.8)
+    path = tmp_path / "several" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(sandwich=[1.0, 0.7])))
+    _, figures, _ = call(*runs)
+    methods = [(row["method"], row["kept"]) for row in figures["rows"]]
+    assert methods == [("evit", "0.7"), ("evit one of [1.0, 0.7]", "")]
+
+
 def test_runs_without_a_result_are_named(call, tmp_path):
     done = run_of(tmp_path / "done", 0.9)
     broken = run_of(tmp_path / "broken", 0.9, final=False, seed=1)

@@ -33,10 +33,12 @@ the distortion against multiply-accumulates, calibrated and with one keep rate; 
 shares of the dense model's, calibrates for these as well and gives the plot more points.
 
 The last line of standard output is a JSON object: the plan, its distortion with its standard error,
-that of one keep rate, and all that was tried.
+that of one keep rate, and all that was tried. With --out the numbers that the method learned, which
+may be thousands, are in the plan file alone.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import sys
@@ -69,6 +71,7 @@ from evit_jax.reducers import as_spec, create_reducer
 from evit_jax.runtime.topologies import CHIPS
 from evit_jax.spec import numbers
 from evit_jax.storage import write_whole
+from evit_jax.tokens import Reducer
 from evit_jax.training.trained import ModelSpec, open_spec
 
 ATTEMPTS = 3  # at a plan within a chip's budget
@@ -285,7 +288,18 @@ def main() -> None:
         dict(name=one.name, tokens=one.keep, macs=one.macs, value=one.distortion, error=one.error)
         for one in chosen.tried
     ]
+    if flags.out:
+        answer["reducer"] = without_learned(chosen.model.reducer)
     print(json.dumps(answer | dict(tried=tried)))
+
+
+def without_learned(reducer: Reducer) -> str | dict:
+    """Its description without the fields that it does not show itself, such as `ward`'s probe."""
+    spec = as_spec(reducer)
+    if isinstance(spec, str):
+        return spec
+    hidden = {field.name for field in dataclasses.fields(reducer) if not field.repr}
+    return {name: value for name, value in spec.items() if name not in hidden}
 
 
 def latency_of(flags: argparse.Namespace, spec: ModelSpec, chosen: Calibrated) -> float:

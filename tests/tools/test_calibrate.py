@@ -55,6 +55,8 @@ def test_a_plan_is_found_written_and_drawn(folder, monkeypatch, capsys):
     assert found["macs_ratio"] >= 1 / 0.7
     written = json.loads((folder / "plan.json").read_text())
     assert written["tokens"] == found["tokens"]
+    assert found["reducer"] == dict(name="ward", candidates=0.5)
+    assert written["reducer"].keys() == {"name", "candidates", "probe"}
     model = build_model(
         "vit",
         image_size=16,

@@ -515,19 +515,33 @@ def pick(
       (B, K, D), or (B, K + 1, D) with the sum as the last token, in the dtype of x.
     """
     if form.one_hot:
-        # A gather of rows is slow where the tokens of an image do not lie side by side, and its
-        # gradient is a scatter. A product with zeros and ones is exact.
-        matrix = index[..., None] == jnp.arange(x.shape[1])[None, None]
-        y = jnp.einsum("bkn,bnd->bkd", matrix.astype(x.dtype), x, preferred_element_type=F32)
-        if fused is not None:  # apart from the product, which would round its shares
-            total = jnp.sum(fused[..., None] * x.astype(F32), axis=1, keepdims=True)
-            y = jnp.concatenate([y, total], axis=1)
-        return tokens_outside(y.astype(x.dtype))
+        return tokens_outside(pick_by_product(x, index, fused))
     picked = take(x, index)
     if fused is None:
         return picked
     total = jnp.einsum("bn,bnd->bd", fused, x.astype(F32))[:, None]
     return jnp.concatenate([picked, total.astype(x.dtype)], axis=1)
+
+
+def pick_by_product(x: jax.Array, index: jax.Array, fused: jax.Array | None) -> jax.Array:
+    """`pick`, for chips where a gather is slow and its gradient, a scatter, more so.
+
+    A product with zeros and ones is exact. The shares of the fused token are one more row of the
+    matrix: bfloat16 would round them, so that row makes it float32 in "high" precision, of which a
+    TPU takes 16 bits in two products. Both, and the matrix, are in one kernel: to sum the token
+    apart and put it behind the others costs more than all of the rest.
+    """
+    places = jnp.arange(x.shape[1])[None, None]
+    if fused is None:
+        matrix = (index[..., None] == places).astype(x.dtype)
+        y = jnp.einsum("bkn,bnd->bkd", matrix, x, preferred_element_type=F32)
+        return y.astype(x.dtype)
+    count = index.shape[1]
+    last = jnp.arange(count + 1)[None, :, None] == count
+    one_hot = jnp.pad(index, ((0, 0), (0, 1)))[..., None] == places  # the last row is not read
+    matrix = jnp.where(last, fused[:, None], one_hot.astype(F32))
+    y = jnp.einsum("bkn,bnd->bkd", matrix, x.astype(F32), precision=jax.lax.Precision.HIGH)
+    return y.astype(x.dtype)
 
 
 def unmerge(x: jax.Array, owner: jax.Array, *, prefix: int) -> jax.Array:

@@ -208,6 +208,25 @@ def test_a_one_hot_product_picks_exactly_what_a_gather_does(fused):
     np.testing.assert_allclose(a, b, atol=0.03)  # gradients are bfloat16, too
 
 
+def test_a_product_does_not_round_the_shares_of_the_fused_token():
+    # In bfloat16 both shares are 0.1001, and nothing would be left of their difference.
+    x = jnp.asarray([[[3.0], [1.0], [-1.0]]], jnp.bfloat16)
+    shares = jnp.asarray([[0.0, 0.1003, 0.1001]], jnp.float32)
+    index = jnp.zeros((1, 1), jnp.int32)
+    got = jax.jit(pick, static_argnames="form")(x, index, shares, HALF_PRECISION["tpu"])
+    np.testing.assert_allclose(np.asarray(got[0, :, 0], np.float32), [3, 2e-4], rtol=1e-2)
+
+    def fused(x, shares):
+        return jnp.sum(pick(x, index, shares, HALF_PRECISION["tpu"])[:, 1].astype(jnp.float32))
+
+    # On a TPU float32 alone is not enough: its products are of bfloat16 unless told otherwise.
+    program = jax.jit(jax.value_and_grad(fused, (0, 1))).trace(x, shares)
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all("precision = [HIGH, HIGH]" in line for line in products)
+
+
 def test_the_gelu_by_tanh_differs_by_less_than_half_precision_shows():
     x = jnp.linspace(-6, 6, 2001)
     assert np.abs(jax.nn.gelu(x, approximate=True) - gelu(x)).max() < 5e-4

@@ -69,8 +69,14 @@ def family(name):
     return model, params, apply(model, params)
 
 
-@every_family
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [  # each family with one method, and each method with a few families, are the quick ones
+        pytest.param(name, method, marks=[pytest.mark.slow] * (i % len(METHODS) != j))
+        for i, name in enumerate(NAMES)
+        for j, method in enumerate(METHODS)
+    ],
+)
 def test_the_planned_tokens_come_out_and_the_prefix_is_untouched(name, method):
     dense, params, (_, expected) = family(name)
     spec = METHODS[method][0 if dense.class_token else 1]

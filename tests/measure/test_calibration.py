@@ -14,14 +14,29 @@ from evit_jax.plan.flops import macs
 from evit_jax.reducers import create_reducer
 
 SIZES = dict(image_size=24, patch_size=4, width=16, depth=4, num_heads=2, num_classes=5)
+FEW = SIZES | dict(image_size=16)  # patches, so that a search compiles fewer blocks
+
+
+def drawn(model):
+    """Parameters. Predictions of drawn weights hardly differ between images; these do."""
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    return jax.tree.map(lambda a: 3 * a, params)
+
+
+def run(model, params, images):
+    return jax.jit(model.apply)({"params": params}, images)
 
 
 @pytest.fixture(scope="module")
 def dense():
     model = build_model("vit", **SIZES)
-    params = init_params(model, jax.random.key(0))
-    # Predictions of drawn weights hardly differ between images; these do.
-    return model, jax.tree.map(lambda a: 3 * a, params)
+    return model, drawn(model)
+
+
+@pytest.fixture(scope="module")
+def few():
+    model = build_model("vit", **FEW)
+    return model, drawn(model)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +60,12 @@ def test_block_by_block_a_model_gives_what_it_does_as_a_whole(dense, images, red
     planned = model.clone(reducer=reducer, keep=keep)
     parts = Blockwise(planned, params)
     entered, (logits, features) = parts.start(parts.params, images)
-    expected, out = model.apply({"params": params}, images)
+    expected, out = run(model, params, images)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features, out["features"], rtol=1e-5, atol=1e-5)
     states = {}
     logits, features = parts.answers(reducer, keep, entered, states)
-    expected, out = planned.apply({"params": params}, images)
+    expected, out = run(planned, params, images)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features, out["features"], rtol=1e-5, atol=1e-5)
     assert set(states) == {(reducer, keep[:count]) for count in (1, 2, 3, 4)}
@@ -59,13 +74,13 @@ def test_block_by_block_a_model_gives_what_it_does_as_a_whole(dense, images, red
 @pytest.mark.parametrize("pool", ["avg", "map"])
 def test_a_model_that_pools_patches_is_the_same_block_by_block(images, pool):
     model = build_model("vit", **SIZES, class_token=False, registers=1, pool=pool)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     reducer, keep = create_reducer("ward:by=mean"), (None, 20, 9, 4)
     logits, features = Blockwise(model.clone(reducer=reducer, keep=keep), params).answers(
         reducer, keep, Blockwise(model, params).start(params, images)[0], {}
     )
     planned = model.clone(reducer=reducer, keep=keep)
-    expected, out = planned.apply({"params": params}, images)
+    expected, out = run(planned, params, images)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features, out["features"], rtol=1e-5, atol=1e-5)
 
@@ -132,11 +147,9 @@ def test_importance_is_the_squared_gradient_of_drawn_predictions(dense, images):
     assert (got <= np.max(squares, 1) * 1.02).all()
 
 
-@pytest.mark.parametrize("reducer", ["ward", "tome", "evit"])
-def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
-    dense, images, reducer
-):
-    model, params = dense
+@pytest.mark.parametrize("reducer", ["ward", pytest.param("tome", marks=pytest.mark.slow), "evit"])
+def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(few, images, reducer):
+    (model, params), images = few, images[:, :16, :16]
     calls = []
     found = calibrate(
         model,
@@ -156,8 +169,8 @@ def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
     assert found.model.keep == found.best.keep
     assert calls[-1][0] == calls[-1][1]
     # The plan that was found, run as any other model.
-    expected, _ = model.apply({"params": params}, images)
-    logits, _ = found.model.apply({"params": params}, images)
+    expected, _ = run(model, params, images)
+    logits, _ = run(found.model, params, images)
     each = kl_divergence((expected, None), (logits, None))
     np.testing.assert_allclose(each, found.best.each, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.best.distortion, each.mean(), rtol=1e-3)
@@ -177,7 +190,7 @@ def test_the_calibrated_plan_is_the_best_that_was_tried_and_within_the_budget(
 )
 def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(changes, images):
     model = build_model("vit", **SIZES | dict(depth=3) | changes)
-    params = jax.tree.map(lambda a: 3 * a, init_params(model, jax.random.key(0)))
+    params = drawn(model)
     reducer = default_method(model)
     assert reducer == ("ward" if model.class_token else "ward:by=mean")
     settings = dict(share=0.7, reducer=reducer, sweeps=0, layers=(1, 2), batch_size=16)
@@ -186,8 +199,8 @@ def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(c
     assert np.isfinite(found.model.reducer.probe).all()
     # Where nothing reads patches at the end, one is enough.
     assert (found.best.keep[-1] == 1) == (not model.reads_patches)
-    expected, _ = model.apply({"params": params}, images)
-    reduced, _ = found.model.apply({"params": params}, images)
+    expected, _ = run(model, params, images)
+    reduced, _ = run(found.model, params, images)
     if model.num_classes:
         change = kl_divergence((expected,), (reduced,))
     else:
@@ -197,8 +210,8 @@ def test_models_without_head_or_class_token_are_calibrated_by_what_they_return(c
     np.testing.assert_allclose(found.best.each, change, rtol=1e-3, atol=1e-6)
 
 
-def test_a_journal_is_gone_on_with(dense, images, tmp_path, monkeypatch):
-    model, params = dense
+def test_a_journal_is_gone_on_with(few, images, tmp_path, monkeypatch):
+    (model, params), images = few, images[:, :16, :16]
     asked = dict(share=0.6, reducer="tome", batch_size=8, journal=tmp_path / "tried")
     first = calibrate(model, params, images, **asked)
 
@@ -236,8 +249,8 @@ def test_bad_requests_are_refused_in_one_line(dense, images):
         calibrate(model, params, images, share=0.6, reducer="hiprune")
 
 
-def test_reduce_says_what_it_did(dense, images, capsys):
-    model, params = dense
+def test_reduce_says_what_it_did(few, images, capsys):
+    (model, params), images = few, images[:, :16, :16]
     reduced = evit_jax.reduce(model, params, share=0.6)
     assert macs(reduced) <= 0.6 * macs(model)
     said = capsys.readouterr().out

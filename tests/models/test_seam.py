@@ -32,7 +32,7 @@ def run(model, params, **settings):
     return jax.jit(functools.partial(model.apply, **settings))({"params": params}, IMAGES)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reducer", THROWN_IN, ids=lambda reducer: type(reducer).__name__)
 def test_the_planned_tokens_come_out_and_the_logits_are_those_of_the_last_block(reducer, remat):
     layers = (1, 3) if reducer.site != "output" else None

@@ -66,7 +66,9 @@ def train(model, params, count, *, teacher=None, lr=1e-3, **settings):
     if teacher:
         kind = dict(distillation=TAUGHT, teacher=teacher[0])
         recipe, frozen = steps.Recipe(CARD, optimizer, Mix(), **kind), dict(teacher=teacher[1])
-    step = jax.jit(functools.partial(steps.train_step, models=(model,), recipe=recipe))
+    step = functools.partial(steps.train_step, models=(model,), recipe=recipe)
+    # Run for long enough to be optimized, also by tests, which tell XLA to compile quickly.
+    step = jax.jit(step, compiler_options=dict(xla_backend_optimization_level=3))
     state = jax.jit(functools.partial(steps.init_state, optimizer=optimizer, ema=False))(params)
     images, labels = images_of("train")
     for number in range(count):

@@ -9,6 +9,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+# Here and not where it is used, in the background: for a moment of its own import it replaces
+# Python's `__import__`, and other threads that import something then would get a stand-in for it.
+import grain
 import numpy as np
 from absl import flags
 
@@ -45,8 +48,6 @@ def prepare(part: Part, count: int, threads: int, workers: int) -> Iterator[dict
     Threads are enough for a few processors, as Pillow and NumPy release Python's lock. Each makes
     one batch at a time; 0 means one per processor in all.
     """
-    import grain  # takes a while, and this runs where the first batch is awaited
-
     threads = threads or max(1, processors() // max(1, workers))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     batches = grain.MapDataset.range(count).map(part).to_iter_dataset(options)

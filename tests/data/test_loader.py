@@ -61,6 +61,30 @@ input()
     main.communicate(timeout=20)  # the worker has the other end of the pipe, and closes it
 
 
+def test_nothing_replaces_pythons_import_while_batches_are_prepared():
+    """Threads that import something at such a moment get a stand-in, and fail when they use it."""
+    program = """
+from etils import epy
+from etils.epy import lazy_imports_utils
+
+replace, places = lazy_imports_utils.lazy_imports, []
+def noted(*args, **kwargs):
+    places.append(place)
+    return replace(*args, **kwargs)
+lazy_imports_utils.lazy_imports = epy.lazy_imports = noted
+
+place = "import"
+from evit_jax.data.loader import Part, prepare
+from tests.data.test_loader import example
+place = "batches"
+print(len(list(prepare(Part(example, 4), 3, threads=1, workers=0))), *places)
+"""
+    result = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    count, *places = result.stdout.split()
+    assert count == "3", result.stderr
+    assert set(places) <= {"import"}
+
+
 def test_processors_are_those_that_a_scheduler_grants(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
     assert processors() == 3

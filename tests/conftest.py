@@ -2,7 +2,8 @@
 """One session for all tests: four virtual CPU devices, strict ranks, programs compiled once.
 
 A plain run leaves out the tests marked `slow`, --slow runs all. XLA is told to compile quickly;
-with --optimized programs are those that users get. `.ci/run` does so for parity with PyTorch alone.
+with --optimized programs are those that users get. `.ci/run` does so for parity with PyTorch alone,
+and on an older Python takes one parameter set of each test (--one-each).
 """
 
 import os
@@ -44,6 +45,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimized", action="store_true", help="optimize programs as for users, which takes long"
     )
+    parser.addoption(
+        "--one-each", action="store_true", help="of tests with many parameter sets, run one set"
+    )
 
 
 def pytest_configure(config):
@@ -63,12 +67,25 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_collection_modifyitems(config, items):
     """Leaves slow tests out, but for those that the command line names one by one."""
-    if config.getoption("slow") or any("::" in argument for argument in config.args):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if item not in slow]
-    config.hook.pytest_deselected(items=slow)
+    named = any("::" in argument for argument in config.args)
+    slow = []
+    if not (config.getoption("slow") or named):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+    kept = [item for item in items if item not in slow]
+    if config.getoption("one_each"):
+        kept = one_each(kept)
+    staying = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in staying])
+    items[:] = kept
     config.stash[LEFT_OUT] = len(slow)
+
+
+def one_each(items):
+    """One parameter set of each test, not always the first, so that all methods meet some tests."""
+    sets = {}
+    for item in items:
+        sets.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return [group[place % len(group)] for place, group in enumerate(sets.values())]
 
 
 def pytest_sessionfinish(session):

@@ -7,11 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-# Here and not where it is used, in the background: for a moment of its own import it replaces
-# Python's `__import__`, and other threads that import something then would get a stand-in for it.
-import grain
 import numpy as np
 from absl import flags
 
@@ -47,7 +44,12 @@ def prepare(part: Part, count: int, threads: int, workers: int) -> Iterator[dict
 
     Threads are enough for a few processors, as Pillow and NumPy release Python's lock. Each makes
     one batch at a time; 0 means one per processor in all.
+
+    To be called before other threads run: Grain is imported here, because that takes a while, and
+    replaces Python's `__import__` meanwhile. Another thread would import a stand-in.
     """
+    import grain
+
     threads = threads or max(1, processors() // max(1, workers))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
     batches = grain.MapDataset.range(count).map(part).to_iter_dataset(options)
@@ -56,6 +58,11 @@ def prepare(part: Part, count: int, threads: int, workers: int) -> Iterator[dict
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         batches = batches.mp_prefetch(options, follow_main)
+    return opened(batches)
+
+
+def opened(batches: Iterable) -> Iterator[dict[str, np.ndarray]]:
+    """The batches; Grain starts its threads and processes with the first one."""
     with contextlib.closing(iter(batches)) as prepared:
         yield from map(received, prepared)
 

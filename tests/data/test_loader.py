@@ -76,8 +76,9 @@ lazy_imports_utils.lazy_imports = epy.lazy_imports = noted
 place = "import"
 from evit_jax.data.loader import Part, prepare
 from tests.data.test_loader import example
+batches = prepare(Part(example, 4), 3, threads=1, workers=0)
 place = "batches"
-print(len(list(prepare(Part(example, 4), 3, threads=1, workers=0))), *places)
+print(len(list(batches)), *places)
 """
     result = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
     count, *places = result.stdout.split()

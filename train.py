@@ -180,8 +180,8 @@ def main() -> None:
     # A workdir belongs to one recipe. Its newest complete checkpoint is the state, wherever it was
     # saved; without one it is made of config.weights, and without those of random weights. Data,
     # augmentation and dropout are functions of seed and step alone, so a checkpoint needs nothing
-    # else. The first batch and the first program are made in the background meanwhile, in this
-    # order: the batch's imports bear no other thread (`loader.prepare`).
+    # else. The first batch and the first program are made in the background meanwhile. Batches come
+    # first: what they import must not meet another thread (`loader.prepare`).
     weights = None
     if config.weights and not first:
         weights = load_params(config.weights, model, key=key, new_head=config.new_head)

@@ -67,17 +67,14 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_collection_modifyitems(config, items):
     """Leaves slow tests out, but for those that the command line names one by one."""
-    named = any("::" in argument for argument in config.args)
-    slow = []
-    if not (config.getoption("slow") or named):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-    kept = [item for item in items if item not in slow]
+    kept = items[:]
+    if not (config.getoption("slow") or any("::" in argument for argument in config.args)):
+        kept = [item for item in items if not item.get_closest_marker("slow")]
+    config.stash[LEFT_OUT] = len(items) - len(kept)
     if config.getoption("one_each"):
         kept = one_each(kept)
-    staying = set(kept)
-    config.hook.pytest_deselected(items=[item for item in items if item not in staying])
+    config.hook.pytest_deselected(items=list({*items} - {*kept}))
     items[:] = kept
-    config.stash[LEFT_OUT] = len(slow)
 
 
 def one_each(items):

@@ -45,8 +45,8 @@ def prepare(part: Part, count: int, threads: int, workers: int) -> Iterator[dict
     Threads are enough for a few processors, as Pillow and NumPy release Python's lock. Each makes
     one batch at a time; 0 means one per processor in all.
 
-    To be called before other threads run: Grain is imported here, because that takes a while, and
-    replaces Python's `__import__` meanwhile. Another thread would import a stand-in.
+    The first call imports Grain, which takes a while and replaces Python's `__import__` meanwhile:
+    make it before other threads run, as what they import just then would be a stand-in.
     """
     import grain
 
